@@ -1,0 +1,249 @@
+"""Expected K-candidate losses, exact at every K from 1 to 2^30 and beyond, and their 1/K coefficients.
+
+K candidates are drawn i.i.d. from the reference, repeats allowed. Nothing is enumerated over tuples and nothing is
+sampled: :mod:`exo_toy.laplace` turns each expectation into a one-dimensional integral. Float64; differentiable any
+number of times with respect to the policy, the reference and the reward. Not in the paper, whose statements are about
+K tending to infinity.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from exo_toy import checks, laplace
+from exo_toy.logspace import expectation
+from exo_toy.targets import optimal_policy, tempered_policy
+
+
+def expected_exo_rw_loss(
+    log_pi: Float[Tensor, "*#X N"],
+    log_ref: Float[Tensor, "*#X N"],
+    reward: Float[Tensor, "*#X N"],
+    *,
+    k: int,
+    beta_pi: float | int,
+    beta_r: float | int,
+) -> Float[Tensor, "*X"]:
+    r"""The expectation of :func:`exo_toy.losses.exo_rw_loss` over K candidates drawn from the reference.
+
+    With :math:`w = (\pi/\pi_{ref})^{\beta_\pi}`, :math:`v = e^{r/\beta_r}`, :math:`h = \log w - \log v` and
+    :math:`S^w, S^v` their sums over the candidates,
+
+    .. math:: E\Big[\sum_i \frac{w_i h_i}{S^w}\Big] - E[\log S^w] + E[\log S^v]
+
+    It tends to :math:`\mathrm{KL}(\pi^{\beta_\pi} \| \pi^*_{\beta_r})` as K grows.
+
+    Source: the loss is Ji et al., arXiv:2402.00856v4, section 3; its exact expectation at finite K is not in the paper.
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, finite where the reference is positive.
+        log_ref: [..., N] of the reference.
+        reward: [..., N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        [...] float64, at least 0 up to rounding; 0 at K = 1.
+
+    Raises:
+        ValueError: shapes that do not match, tables that are not normalised, log_pi or reward not finite where the
+            reference is positive, a temperature not above 0, k below 1.
+
+    Example:
+        >>> log_pi, log_ref = torch.tensor([0.1, 0.2, 0.3, 0.4]).log(), torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+        >>> expected_exo_rw_loss(log_pi, log_ref, torch.arange(4.0), k=2, beta_pi=0.5, beta_r=1.0)
+        tensor(0.0479, dtype=torch.float64)
+    """
+    f, scaled_reward, log_ref = _log_weights(log_pi, log_ref, reward, k, beta_pi, beta_r)
+    log_sum_w, expected_h = laplace.expected_log_sum_and_ratio(f, f - scaled_reward, log_ref, k=k)
+    return expected_h - log_sum_w + laplace.expected_log_sum(scaled_reward, log_ref, k=k)
+
+
+def expected_dpo_rw_loss(
+    log_pi: Float[Tensor, "*#X N"],
+    log_ref: Float[Tensor, "*#X N"],
+    reward: Float[Tensor, "*#X N"],
+    *,
+    k: int,
+    beta_pi: float | int,
+    beta_r: float | int,
+) -> Float[Tensor, "*X"]:
+    r"""The expectation of :func:`exo_toy.losses.dpo_rw_loss` over K candidates drawn from the reference.
+
+    With :math:`w = (\pi/\pi_{ref})^{\beta_\pi}`, :math:`v = e^{r/\beta_r}` and :math:`S^w, S^v` their sums over the
+    candidates,
+
+    .. math:: -E\Big[\sum_i \frac{v_i \log w_i}{S^v}\Big] + E[\log S^w]
+
+    Less log K it tends to :math:`-E_{\pi^*_{\beta_r}}[\log \pi^{\beta_\pi} - \log \pi_{ref}]`, whose gradient is that
+    of :math:`\mathrm{KL}(\pi^*_{\beta_r} \| \pi^{\beta_\pi})`, as K grows.
+
+    Source: the loss is Ji et al., arXiv:2402.00856v4, section 3; its exact expectation at finite K is not in the paper.
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, finite where the reference is positive.
+        log_ref: [..., N] of the reference.
+        reward: [..., N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        [...] float64, at least 0 up to rounding; 0 at K = 1.
+
+    Raises:
+        ValueError: shapes that do not match, tables that are not normalised, log_pi or reward not finite where the
+            reference is positive, a temperature not above 0, k below 1.
+
+    Example:
+        >>> log_pi, log_ref = torch.tensor([0.1, 0.2, 0.3, 0.4]).log(), torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+        >>> expected_dpo_rw_loss(log_pi, log_ref, torch.arange(4.0), k=2, beta_pi=0.5, beta_r=1.0)
+        tensor(0.5749, dtype=torch.float64)
+    """
+    f, scaled_reward, log_ref = _log_weights(log_pi, log_ref, reward, k, beta_pi, beta_r)
+    _, expected_f = laplace.expected_log_sum_and_ratio(scaled_reward, f, log_ref, k=k)
+    return laplace.expected_log_sum(f, log_ref, k=k) - expected_f
+
+
+def exo_rw_bias_coefficient(
+    log_pi: Float[Tensor, "*#X N"],
+    log_ref: Float[Tensor, "*#X N"],
+    reward: Float[Tensor, "*#X N"],
+    *,
+    beta_pi: float | int,
+    beta_r: float | int,
+) -> Float[Tensor, "*X"]:
+    r"""How far the expected EXO-rw loss is from its limit: the coefficient of 1/K.
+
+    With the density ratios :math:`\rho = \pi^{\beta_\pi}/\pi_{ref}` and :math:`\rho^* = \pi^*_{\beta_r}/\pi_{ref}`,
+    :math:`h = \log\rho - \log\rho^*` and expectations under the reference,
+
+    .. math:: c = \lim_{K\to\infty} K \big(E[\mathrm{loss}] - \mathrm{KL}(\pi^{\beta_\pi} \| \pi^*_{\beta_r})\big)
+        = \tfrac12 \mathrm{Var}\rho - \tfrac12 \mathrm{Var}\rho^* - E\big[\rho(\rho - 1)(h - E[\rho h])\big]
+
+    Its gradient is the 1/K coefficient of the expected gradient.
+
+    Source: the delta method on the expectation of a self-normalised ratio; not in the paper.
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, finite where the reference is positive.
+        log_ref: [..., N] of the reference.
+        reward: [..., N], finite where the reference is positive.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        [...] float64, of either sign.
+
+    Raises:
+        ValueError: as :func:`expected_exo_rw_loss`.
+
+    Example:
+        >>> ref = torch.tensor([0.5, 0.5]).log()
+        >>> exo_rw_bias_coefficient(ref, ref, torch.tensor([0.0, 1.0]), beta_pi=0.5, beta_r=1.0)
+        tensor(-0.1068, dtype=torch.float64)
+    """
+    log_rho, log_rho_star, log_ref = _log_density_ratios(log_pi, log_ref, reward, beta_pi, beta_r)
+    rho, h = log_rho.exp(), log_rho - log_rho_star
+    h_mean = expectation(log_ref, rho * h).unsqueeze(-1)
+    covariance = expectation(log_ref, rho * (rho - 1) * (h - h_mean))
+    return (_variance(rho, log_ref) - _variance(log_rho_star.exp(), log_ref)) / 2 - covariance
+
+
+def dpo_rw_bias_coefficient(
+    log_pi: Float[Tensor, "*#X N"],
+    log_ref: Float[Tensor, "*#X N"],
+    reward: Float[Tensor, "*#X N"],
+    *,
+    beta_pi: float | int,
+    beta_r: float | int,
+) -> Float[Tensor, "*X"]:
+    r"""How far the expected DPO-rw loss, less log K, is from its limit: the coefficient of 1/K.
+
+    With the density ratios :math:`\rho = \pi^{\beta_\pi}/\pi_{ref}` and :math:`\rho^* = \pi^*_{\beta_r}/\pi_{ref}`
+    and expectations under the reference,
+
+    .. math:: c = E\big[\rho^*(\rho^* - 1)(\log\rho - E[\rho^* \log\rho])\big] - \tfrac12 \mathrm{Var}\rho
+
+    Its gradient is the 1/K coefficient of the expected gradient.
+
+    Source: the delta method on the expectation of a self-normalised ratio; not in the paper.
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, finite where the reference is positive.
+        log_ref: [..., N] of the reference.
+        reward: [..., N], finite where the reference is positive.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        [...] float64, of either sign.
+
+    Raises:
+        ValueError: as :func:`expected_dpo_rw_loss`.
+
+    Example:
+        >>> ref = torch.tensor([0.5, 0.5]).log()
+        >>> abs(dpo_rw_bias_coefficient(ref, ref, torch.tensor([0.0, 1.0]), beta_pi=0.5, beta_r=1.0).item()) < 1e-15
+        True
+    """
+    log_rho, log_rho_star, log_ref = _log_density_ratios(log_pi, log_ref, reward, beta_pi, beta_r)
+    rho_star = log_rho_star.exp()
+    mean = expectation(log_ref, rho_star * log_rho).unsqueeze(-1)
+    covariance = expectation(log_ref, rho_star * (rho_star - 1) * (log_rho - mean))
+    return covariance - _variance(log_rho.exp(), log_ref) / 2
+
+
+def _log_weights(
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, k: int, beta_pi: float, beta_r: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f = beta_pi log ratio and r / beta_r, each with maximum 0 and with 0 outside the reference's support."""
+    checks.require_integer("k", k, at_least=1)
+    log_pi, log_ref, reward = _finite_tables(log_pi, log_ref, reward, beta_pi, beta_r)
+    outside = log_ref == -torch.inf
+    log_ratio = log_pi.masked_fill(outside, 0.0) - log_ref.masked_fill(outside, 0.0)
+    f = beta_pi * log_ratio
+    scaled_reward = reward.masked_fill(outside, 0.0) / beta_r
+    # Neither loss sees a constant added to f or to the reward; taking the maxima off keeps large shifts exact.
+    return f - _max_over(f, outside), scaled_reward - _max_over(scaled_reward, outside), log_ref
+
+
+def _log_density_ratios(
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, beta_pi: float, beta_r: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log of tempered policy / reference and of optimal policy / reference, 0 outside the reference's support."""
+    log_pi, log_ref, reward = _finite_tables(log_pi, log_ref, reward, beta_pi, beta_r)
+    outside = log_ref == -torch.inf
+    inside_ref = log_ref.masked_fill(outside, 0.0)
+    tempered = tempered_policy(log_pi, log_ref, beta_pi=beta_pi).masked_fill(outside, 0.0)
+    optimal = optimal_policy(log_ref, reward.masked_fill(outside, 0.0), beta=beta_r)[0].masked_fill(outside, 0.0)
+    return tempered - inside_ref, optimal - inside_ref, log_ref
+
+
+def _finite_tables(
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, beta_pi: float, beta_r: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tables in float64 and one shape, finite wherever the reference is positive."""
+    checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)
+    log_pi, log_ref, reward = checks.as_tables(log_pi=log_pi, log_ref=log_ref, reward=reward)
+    checks.require_log_probabilities(log_pi=log_pi, log_ref=log_ref)
+    log_pi, log_ref, reward = torch.broadcast_tensors(log_pi, log_ref, reward)
+    inside = log_ref > -torch.inf
+    bad_pi, bad_reward = inside & ~log_pi.isfinite(), inside & ~reward.isfinite()
+    checks.require_values(
+        [log_pi.detach(), reward.detach()],
+        (bad_pi, lambda: f"log_pi must be finite where log_ref is; got {checks.first_bad(log_pi, bad_pi)}"),
+        (bad_reward, lambda: f"reward must be finite where log_ref is; got {checks.first_bad(reward, bad_reward)}"),
+    )
+    return log_pi, log_ref, reward
+
+
+def _max_over(values: Tensor, outside: Tensor) -> Tensor:
+    """Maximum over the reference's support, kept as a last dimension, without gradient."""
+    return values.detach().masked_fill(outside, -torch.inf).amax(-1, keepdim=True)
+
+
+def _variance(values: Tensor, log_ref: Tensor) -> Tensor:
+    """Variance under the reference of a density ratio, whose mean is 1."""
+    return expectation(log_ref, (values - 1) ** 2)

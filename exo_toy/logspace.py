@@ -1,0 +1,66 @@
+"""Probabilities kept as logarithms: probability zero is -inf, and zero times infinity is zero.
+
+The rule 0 * (+-inf) = 0 holds only where the weight is zero; any other infinity stays. It is applied before the
+multiplication, so that the backward pass obeys it too.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def expectation(log_p: Float[Tensor, "*#X N"], values: Float[Tensor, "*#X N"]) -> Float[Tensor, "..."]:
+    """:math:`\\sum_y p(y) v(y)` over the last dimension, where entries of probability zero count nothing.
+
+    Args:
+        log_p: [..., N] log-probabilities or log-weights, -inf for zero.
+        values: [..., N], of any value (also infinite or NaN) where ``log_p`` is -inf.
+
+    Returns:
+        [...]; infinite where an infinite value has positive weight.
+
+    Example:
+        >>> expectation(torch.tensor([0.0, -torch.inf]), torch.tensor([2.0, torch.inf]))
+        tensor(2.)
+    """
+    p = log_p.exp()
+    values = torch.where(log_p > -torch.inf, values, 0.0)
+    # A positive weight may underflow to 0; an infinite value still counts in full.
+    return torch.where((p == 0) & values.isinf(), values, p * values).sum(-1)
+
+
+def log_softmax(logits: Float[Tensor, "*leading N"], mask: Bool[Tensor, "*leading N"] | None = None) -> Tensor:
+    """Log-softmax over the last dimension; entries outside ``mask`` get -inf, whatever they hold, and no gradient.
+
+    Args:
+        logits: [..., N]; -inf gives -inf. A row without a finite entry gives NaN.
+        mask: [..., N], True where the entry counts.
+
+    Returns:
+        [..., N], log-sum-exp 0.
+
+    Example:
+        >>> log_softmax(torch.tensor([0.0, torch.nan]), torch.tensor([True, False]))
+        tensor([0., -inf])
+    """
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return torch.log_softmax(logits, -1)
+
+
+def logaddexp(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """log(exp a + exp b), where both -inf gives -inf with zero gradient (torch's own gives NaN there).
+
+    Args:
+        a: any shape.
+        b: the same shape.
+
+    Returns:
+        The same shape.
+
+    Example:
+        >>> logaddexp(torch.tensor(-torch.inf), torch.tensor(-torch.inf))
+        tensor(-inf)
+    """
+    none = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(none, 0.0), b.masked_fill(none, 0.0)).masked_fill(none, -torch.inf)

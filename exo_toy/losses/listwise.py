@@ -1,0 +1,152 @@
+"""Losses on K candidates with rewards: EXO-rw and DPO-rw."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from exo_toy import checks, logspace
+
+
+def exo_rw_loss(
+    log_ratio: Float[Tensor, "B K"],
+    rewards: Float[Tensor, "B K"],
+    *,
+    beta_pi: float | int,
+    beta_r: float | int,
+    mask: Bool[Tensor, "B K"] | None = None,
+) -> Float[Tensor, " B"]:
+    r"""EXO with rewards: probability matching on K candidates in the direction of reinforcement learning.
+
+    .. math::
+        \mathrm{KL}(p_f \| p_r), \quad p_f = \mathrm{softmax}(\beta_\pi \log\tfrac{\pi_\theta}{\pi_{ref}}),
+        \quad p_r = \mathrm{softmax}(r / \beta_r)
+
+    With candidates drawn from the reference it tends to :math:`\mathrm{KL}(\pi_\theta^{\beta_\pi}\|\pi^*_{\beta_r})`
+    as K grows. Adding a constant to a row of either argument changes nothing.
+
+    Source: Ji et al., arXiv:2402.00856v4, the loss for learning from a reward model.
+
+    Args:
+        log_ratio: [B, K], log policy minus log reference of each candidate, summed over its tokens, in nats;
+            finite, or -inf where the policy gives it probability zero.
+        rewards: [B, K], finite, or -inf for a forbidden candidate.
+        beta_pi: policy temperature, above 0; multiplies the log ratio.
+        beta_r: reward temperature, above 0; divides the reward.
+        mask: [B, K] bool, True for the candidates that count. What a masked entry holds, NaN included, changes
+            nothing and gets zero gradient.
+
+    Returns:
+        [B] in [0, inf], in the arguments' dtype (half types are computed in float32). 0 where p_f = p_r and for a
+        row with one candidate; inf where p_f gives a forbidden candidate positive probability (mask such a
+        candidate instead if a finite gradient is needed).
+
+    Raises:
+        ValueError: a wrong shape, dtype or temperature; a row without a candidate; NaN or +inf that is not masked; a
+            row whose log ratios or rewards are all -inf.
+
+    Example:
+        >>> exo_rw_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 1.0]]), beta_pi=0.5, beta_r=1.0)
+        tensor([0.])
+    """
+    log_p_f, log_p_r = _candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask)
+    loss = logspace.expectation(log_p_f, log_p_f - log_p_r)
+    return loss.to(torch.promote_types(log_ratio.dtype, rewards.dtype))
+
+
+def dpo_rw_loss(
+    log_ratio: Float[Tensor, "B K"],
+    rewards: Float[Tensor, "B K"],
+    *,
+    beta_pi: float | int,
+    beta_r: float | int,
+    mask: Bool[Tensor, "B K"] | None = None,
+) -> Float[Tensor, " B"]:
+    r"""DPO generalised to rewards on K candidates: cross-entropy with soft targets.
+
+    .. math::
+        -\sum_i p_r(i) \log p_f(i), \quad p_f = \mathrm{softmax}(\beta_\pi \log\tfrac{\pi_\theta}{\pi_{ref}}),
+        \quad p_r = \mathrm{softmax}(r / \beta_r)
+
+    It is KL(p_r || p_f) plus the entropy of p_r. With candidates drawn from the reference its gradient tends to that
+    of :math:`\mathrm{KL}(\pi^*_{\beta_r}\|\pi_\theta^{\beta_\pi})` as K grows, the other direction than EXO's.
+    Adding a constant to a row of either argument changes nothing. With two candidates and a one-hot target it is DPO.
+
+    Source: Ji et al., arXiv:2402.00856v4, DPO with a reward model.
+
+    Args:
+        log_ratio: [B, K], log policy minus log reference of each candidate, summed over its tokens, in nats;
+            finite, or -inf where the policy gives it probability zero.
+        rewards: [B, K], finite, or -inf for a forbidden candidate.
+        beta_pi: policy temperature, above 0; multiplies the log ratio.
+        beta_r: reward temperature, above 0; divides the reward.
+        mask: [B, K] bool, True for the candidates that count. What a masked entry holds, NaN included, changes
+            nothing and gets zero gradient.
+
+    Returns:
+        [B] in [0, inf], in the arguments' dtype (half types are computed in float32). At least the entropy of p_r,
+        reached where p_f = p_r; 0 for a row with one candidate; inf where a candidate with positive p_r has
+        log ratio -inf (the gradient stays p_f - p_r).
+
+    Raises:
+        ValueError: a wrong shape, dtype or temperature; a row without a candidate; NaN or +inf that is not masked; a
+            row whose log ratios or rewards are all -inf.
+
+    Example:
+        >>> dpo_rw_loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), beta_pi=0.5, beta_r=1.0)
+        tensor([0.6931])
+    """
+    log_p_f, log_p_r = _candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask)
+    loss = -logspace.expectation(log_p_r, log_p_f)
+    return loss.to(torch.promote_types(log_ratio.dtype, rewards.dtype))
+
+
+def _candidate_log_probs(
+    log_ratio: Tensor, rewards: Tensor, beta_pi: float, beta_r: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log p_f and log p_r over the candidates that count, at least in float32."""
+    checks.require_floating(log_ratio=log_ratio, rewards=rewards)
+    compute_dtype = torch.promote_types(torch.promote_types(log_ratio.dtype, rewards.dtype), torch.float32)
+    checks.require_temperature(compute_dtype, beta_pi=beta_pi, beta_r=beta_r)
+    checks.require_shape("B K", log_ratio=log_ratio, rewards=rewards)
+    if mask is None:
+        mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    else:
+        checks.require_mask(mask=mask)
+        checks.require_shape("B K", log_ratio=log_ratio, mask=mask)
+    _check_values(log_ratio.detach(), rewards.detach(), mask)
+    f = beta_pi * _below_max(log_ratio.to(compute_dtype), mask)
+    scaled_rewards = _below_max(rewards.to(compute_dtype), mask) / beta_r
+    return logspace.log_softmax(f, mask), logspace.log_softmax(scaled_rewards, mask)
+
+
+def _below_max(values: Tensor, mask: Tensor) -> Tensor:
+    """Values minus the largest of their row that counts, 0 where masked.
+
+    The softmax does not see the shift, hence neither does the gradient; but scaling the differences, not the values,
+    keeps their digits and cannot overflow to inf - inf.
+    """
+    if values.shape[-1] == 0:
+        return values
+    largest = values.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(mask, values - largest, 0.0)
+
+
+def _check_values(log_ratio: Tensor, rewards: Tensor, mask: Tensor) -> None:
+    """Every row has a candidate with a finite log ratio and one with a finite reward; no NaN, no +inf."""
+    bad_ratio = mask & ~(log_ratio < torch.inf)
+    bad_reward = mask & ~(rewards < torch.inf)
+    empty = ~mask.any(-1)
+    no_ratio = ~(mask & (log_ratio > -torch.inf)).any(-1)
+    no_reward = ~(mask & (rewards > -torch.inf)).any(-1)
+    row = checks.first_bad
+    checks.require_values(
+        [log_ratio, rewards, mask],
+        (empty, lambda: f"mask must keep at least one candidate per row; got all {row(~empty, empty)}"),
+        (bad_ratio, lambda: f"log_ratio must be finite or -inf where unmasked; got {row(log_ratio, bad_ratio)}"),
+        (bad_reward, lambda: f"rewards must be finite or -inf where unmasked; got {row(rewards, bad_reward)}"),
+        (no_ratio, lambda: f"log_ratio must be above -inf for a candidate of each row; got {row(~no_ratio, no_ratio)}"),
+        (
+            no_reward,
+            lambda: f"rewards must be above -inf for a candidate of each row; got {row(~no_reward, no_reward)}",
+        ),
+    )
