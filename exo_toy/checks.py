@@ -44,13 +44,13 @@ def first_bad(tensor: Tensor, bad: Tensor) -> str:
     return f"{tensor[index].item()} at index {list(index)}"
 
 
-def require_positive(**scalars: float) -> None:
+def require_positive(**scalars: float | int) -> None:
     """Each scalar is a finite real number above zero."""
     for name, value in scalars.items():
         require_real(name, value, allowed="a finite number above 0", low=0.0, high=math.inf)
 
 
-def require_temperature(dtype: torch.dtype, **scalars: float) -> None:
+def require_temperature(dtype: torch.dtype, **scalars: float | int) -> None:
     """Each scalar is above zero, and neither it nor its inverse overflows or underflows in ``dtype``."""
     low = torch.finfo(dtype).tiny
     for name, value in scalars.items():
@@ -59,7 +59,9 @@ def require_temperature(dtype: torch.dtype, **scalars: float) -> None:
             raise ValueError(f"{name} must be in [{low:.3g}, {1 / low:.3g}] to be computed in {dtype}; got {value!r}")
 
 
-def require_real(name: str, value: float, *, allowed: str, low: float, high: float, low_allowed: bool = False) -> None:
+def require_real(
+    name: str, value: float | int, *, allowed: str, low: float, high: float, low_allowed: bool = False
+) -> None:
     """``low < value < high`` (``low <= value`` where allowed); tensors, strings, booleans and NaN are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be {allowed} (a Python number); got {value!r}")
@@ -107,7 +109,7 @@ def require_shape(pattern: str, **tensors: Tensor) -> None:
 
 
 def as_tables(**tables: Tensor) -> tuple[Tensor, ...]:
-    """Tables [..., N] over one space, in float64; leading dimensions equal, or absent (a table shared by all prompts)."""
+    """Tables [..., N] over one space, in float64; leading dimensions equal, or absent (shared by all prompts)."""
     require_floating(**tables)
     first_name, first = next(iter(tables.items()))
     batched_name, batched = next(((n, t) for n, t in tables.items() if t.ndim > 1), (first_name, first))

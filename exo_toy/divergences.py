@@ -101,7 +101,7 @@ def jensen_shannon(log_p: Float[Tensor, "*#X N"], log_q: Float[Tensor, "*#X N"])
         log_q: [..., N].
 
     Returns:
-        [...] float64 in [0, log 2]; 0 where p = q, log 2 where the supports are disjoint.
+        [...] float64 in [0, log 2] up to rounding; 0 where p = q, log 2 where the supports are disjoint.
 
     Raises:
         ValueError: shapes that do not match, or rows that are not normalised log-probabilities.
@@ -141,13 +141,20 @@ def alpha_divergence(
         True
     """
     checks.require_real("alpha", alpha, allowed="a finite number", low=-math.inf, high=math.inf)
-    if alpha < 0.5:
-        return alpha_divergence(log_q, log_p, alpha=1 - alpha)
     log_p, log_q = _log_probabilities(log_p, log_q)
+    if alpha < 0.5:
+        log_p, log_q, alpha = log_q, log_p, 1 - alpha
     if alpha == 1:
         return expectation(log_p, log_p - log_q)
-    # sum_y p (1 - (q/p)^(1-alpha)): no cancellation as alpha tends to 1.
-    return -expectation(log_p, torch.expm1((1 - alpha) * (log_q - log_p))) / (alpha * (1 - alpha))
+    # sum_y p - m with m = p^alpha q^(1-alpha), each term from the larger of the two: as alpha tends to 1 nothing
+    # cancels, and (q/p)^(1-alpha), which may overflow where p underflows, is never formed.
+    outside = log_p == -torch.inf
+    step = (1 - alpha) * (log_q - log_p.masked_fill(outside, 0.0))
+    grows = step > 0
+    log_m = (log_p + step).masked_fill(outside, -torch.inf)
+    difference = torch.where(grows, torch.expm1(-step.where(grows, 0.0)), -torch.expm1(step.where(~grows, 0.0)))
+    # Divided twice: the product overflows for huge alpha.
+    return expectation(torch.where(grows, log_m, log_p), difference) / alpha / (1 - alpha)
 
 
 def _log_probabilities(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

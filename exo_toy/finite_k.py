@@ -12,7 +12,6 @@ from torch import Tensor
 
 from exo_toy import checks, laplace
 from exo_toy.logspace import expectation
-from exo_toy.targets import optimal_policy, tempered_policy
 
 
 def expected_exo_rw_loss(
@@ -196,33 +195,30 @@ def dpo_rw_bias_coefficient(
 
 
 def _log_weights(
-    log_pi: Tensor, log_ref: Tensor, reward: Tensor, k: int, beta_pi: float, beta_r: float
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, k: int, beta_pi: float | int, beta_r: float | int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f = beta_pi log ratio and r / beta_r, each with maximum 0 and with 0 outside the reference's support."""
     checks.require_integer("k", k, at_least=1)
     log_pi, log_ref, reward = _finite_tables(log_pi, log_ref, reward, beta_pi, beta_r)
     outside = log_ref == -torch.inf
     log_ratio = log_pi.masked_fill(outside, 0.0) - log_ref.masked_fill(outside, 0.0)
-    f = beta_pi * log_ratio
-    scaled_reward = reward.masked_fill(outside, 0.0) / beta_r
-    # Neither loss sees a constant added to f or to the reward; taking the maxima off keeps large shifts exact.
-    return f - _max_over(f, outside), scaled_reward - _max_over(scaled_reward, outside), log_ref
+    rewards = reward.masked_fill(outside, 0.0)
+    # Neither loss sees a constant added to f or to the reward; taking maxima off before scaling keeps shifts exact.
+    f = beta_pi * (log_ratio - _max_over(log_ratio, outside))
+    return f, (rewards - _max_over(rewards, outside)) / beta_r, log_ref
 
 
 def _log_density_ratios(
-    log_pi: Tensor, log_ref: Tensor, reward: Tensor, beta_pi: float, beta_r: float
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, beta_pi: float | int, beta_r: float | int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log of tempered policy / reference and of optimal policy / reference, 0 outside the reference's support."""
-    log_pi, log_ref, reward = _finite_tables(log_pi, log_ref, reward, beta_pi, beta_r)
-    outside = log_ref == -torch.inf
-    inside_ref = log_ref.masked_fill(outside, 0.0)
-    tempered = tempered_policy(log_pi, log_ref, beta_pi=beta_pi).masked_fill(outside, 0.0)
-    optimal = optimal_policy(log_ref, reward.masked_fill(outside, 0.0), beta=beta_r)[0].masked_fill(outside, 0.0)
-    return tempered - inside_ref, optimal - inside_ref, log_ref
+    """log of tempered policy / reference and of optimal policy / reference, on the reference's support."""
+    f, scaled_reward, log_ref = _log_weights(log_pi, log_ref, reward, 1, beta_pi, beta_r)
+    log_rho, log_rho_star = (log_w - (log_ref + log_w).logsumexp(-1, keepdim=True) for log_w in (f, scaled_reward))
+    return log_rho, log_rho_star, log_ref
 
 
 def _finite_tables(
-    log_pi: Tensor, log_ref: Tensor, reward: Tensor, beta_pi: float, beta_r: float
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, beta_pi: float | int, beta_r: float | int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three tables in float64 and one shape, finite wherever the reference is positive."""
     checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)

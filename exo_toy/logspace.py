@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def expectation(log_p: Float[Tensor, "*#X N"], values: Float[Tensor, "*#X N"]) -> Float[Tensor, "..."]:
-    """:math:`\\sum_y p(y) v(y)` over the last dimension, where entries of probability zero count nothing.
+    r""":math:`\sum_y p(y) v(y)` over the last dimension, where entries of probability zero count nothing.
 
     Args:
         log_p: [..., N] log-probabilities or log-weights, -inf for zero.
@@ -49,7 +49,7 @@ def log_softmax(logits: Float[Tensor, "*leading N"], mask: Bool[Tensor, "*leadin
 
 
 def logaddexp(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """log(exp a + exp b), where both -inf gives -inf with zero gradient (torch's own gives NaN there).
+    """log(exp a + exp b), -inf where both are, with derivatives that are limits at -inf (torch's own are NaN there).
 
     Args:
         a: any shape.
@@ -62,5 +62,7 @@ def logaddexp(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor,
         >>> logaddexp(torch.tensor(-torch.inf), torch.tensor(-torch.inf))
         tensor(-inf)
     """
-    none = (a == -torch.inf) & (b == -torch.inf)
-    return torch.logaddexp(a.masked_fill(none, 0.0), b.masked_fill(none, 0.0)).masked_fill(none, -torch.inf)
+    infinite, limit = (a == b) & a.isinf(), a.detach()
+    a, b = a.masked_fill(infinite, 0.0), b.masked_fill(infinite, 0.0)
+    larger, smaller = torch.where(a > b, a, b), torch.where(a > b, b, a)
+    return torch.where(infinite, limit, larger + torch.log1p(torch.exp(smaller - larger)))

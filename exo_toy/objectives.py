@@ -45,6 +45,7 @@ def alignment_objective(
     """
     checks.require_positive(beta=beta)
     log_pi, log_ref, reward = checks.as_tables(log_pi=log_pi, log_ref=log_ref, reward=reward)
+    checks.require_log_probabilities(log_pi=log_pi, log_ref=log_ref)
     checks.require_rewards(reward)
     return expectation(log_pi, reward) - beta * kl_divergence(log_pi, log_ref)
 
@@ -83,8 +84,9 @@ def generalized_objective(
         >>> import torch
         >>> ref, pi = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.2, 0.8]).log()
         >>> generalized_objective(pi, ref, torch.tensor([0.0, 1.0]), beta_pi=0.5, beta_r=1.0)
-        tensor(0.6098, dtype=torch.float64)
+        tensor(0.6100, dtype=torch.float64)
     """
+    checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)
     tempered = tempered_policy(log_pi, log_ref, beta_pi=beta_pi)
     return alignment_objective(tempered, log_ref, reward, beta=beta_r)
 
@@ -122,6 +124,7 @@ def kl_policy_to_optimal(
         >>> kl_policy_to_optimal(ref, ref, torch.tensor([0.0, 1.0]), beta_pi=0.5, beta_r=1.0)
         tensor(0.1201, dtype=torch.float64)
     """
+    checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)
     log_pi_star, _ = optimal_policy(log_ref, reward, beta=beta_r)
     return kl_divergence(tempered_policy(log_pi, log_ref, beta_pi=beta_pi), log_pi_star)
 
@@ -159,5 +162,6 @@ def kl_optimal_to_policy(
         >>> kl_optimal_to_policy(ref, ref, torch.tensor([0.0, 1.0]), beta_pi=0.5, beta_r=1.0)
         tensor(0.1109, dtype=torch.float64)
     """
+    checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)
     log_pi_star, _ = optimal_policy(log_ref, reward, beta=beta_r)
     return kl_divergence(log_pi_star, tempered_policy(log_pi, log_ref, beta_pi=beta_pi))

@@ -128,20 +128,23 @@ def best_of_n(log_ref: Float[Tensor, "*#X N"], reward: Float[Tensor, "*#X N"], *
     reward, order = reward.sort(dim=-1, stable=True)
     log_p = log_ref.gather(-1, order)
 
-    # One group per distinct reward, in increasing order: masses P, cumulative F = F^- + P.
+    # One group per distinct reward, in increasing order: masses P, F^- below, 1 - F above, none of them by subtraction.
     first = torch.ones_like(reward, dtype=torch.bool)
     first[..., 1:] = reward[..., 1:] != reward[..., :-1]
     group = first.long().cumsum(-1) - 1
     mass = torch.zeros_like(log_p).scatter_add(-1, group, log_p.exp())
     below = torch.nn.functional.pad(mass.cumsum(-1), (1, 0))[..., :-1]
-    above = mass.flip(-1).cumsum(-1).flip(-1) - mass
-    at_most = below + mass
+    above = torch.nn.functional.pad(mass.flip(-1).cumsum(-1), (1, 0))[..., :-1].flip(-1)
+    nothing_below, empty = below == 0, mass == 0
+    at_most = (below + mass).masked_fill(nothing_below & empty, torch.finfo(torch.float64).tiny)
 
-    # log F and log(F^-/F), each from whichever tail is small, so that no digits cancel.
-    log_at_most = torch.where(above < 0.5, torch.log1p(-above.clamp(min=0.0)), at_most.log())
-    share = mass / at_most
-    log_step = torch.where(share < 0.5, torch.log1p(-share), (below / at_most).log())
-    log_factor = n * log_at_most + torch.log(-torch.expm1(n * log_step)) - mass.log()
-    log_best = log_p + log_factor.gather(-1, group)
-    log_best = log_best.masked_fill(log_p == -torch.inf, -torch.inf)
+    # (F^n - F^-^n) / P = F^(n-1) (1 - (1-s)^n) / s with s = P/F; the last factor, the number of tries, tends to n as
+    # s tends to 0 and is 1 at s = 1. Logarithms of F and 1 - s are each taken from whichever tail is small.
+    log_at_most = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), at_most.log())
+    share = (mass / at_most).masked_fill(empty, 0.5)
+    log_rest = torch.where(
+        share < 0.5, torch.log1p(-share.clamp(max=0.5)), (below / at_most).masked_fill(nothing_below, 0.5).log()
+    )
+    tries = (-torch.expm1(n * log_rest) / share).masked_fill(empty, n).masked_fill(nothing_below, 1.0)
+    log_best = log_p + ((n - 1) * log_at_most + tries.log()).gather(-1, group)
     return torch.empty_like(log_best).scatter(-1, order, log_best)

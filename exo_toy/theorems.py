@@ -1,8 +1,8 @@
 """One function per theorem: both sides, computed independently of each other, and what the theorem assumes.
 
 No function enforces its assumptions: break one and the sides part, which is how the tests know that they can. Where a
-theorem speaks of a parameter theta, ``policy`` is any module with ``log_probs()`` [X, N]; the gradient is flattened over
-its parameters. Over prompts everything is averaged. All is exact, in float64.
+theorem speaks of a parameter theta, ``policy`` is any module with ``log_probs()`` [X, N]; the gradient is flattened
+over its parameters. Over prompts everything is averaged. All is exact, in float64.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,8 @@ from exo_toy.objectives import (
     kl_optimal_to_policy,
     kl_policy_to_optimal,
 )
-from exo_toy.policies import KGramPolicy, TabularPolicy
+from exo_toy.policies import Policy
 from exo_toy.targets import optimal_policy, tempered_policy
-
-Policy = TabularPolicy | KGramPolicy
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Theorem:
     def error(self) -> float:
         """Largest difference of the sides, relative to the largest entry of either (absolute where both are 0)."""
         scale = max(self.left.abs().max().item(), self.right.abs().max().item())
-        return (self.left - self.right).abs().max().item() / (scale or 1.0)
+        # Equal infinities agree; their difference would be NaN.
+        difference = torch.where(self.left == self.right, 0.0, self.left - self.right)
+        return difference.abs().max().item() / (scale or 1.0)
 
     @property
     def cosine(self) -> float:
@@ -58,6 +58,7 @@ def parameter_gradient(value: Float[Tensor, ""], policy: Policy) -> Float[Tensor
         [P] in the order of ``policy.parameters()``.
 
     Example:
+        >>> from exo_toy.policies import TabularPolicy
         >>> from exo_toy.spaces import SequenceSpace
         >>> policy = TabularPolicy(SequenceSpace(2, 1))
         >>> parameter_gradient(policy.log_probs()[0, 0], policy)
@@ -67,7 +68,7 @@ def parameter_gradient(value: Float[Tensor, ""], policy: Policy) -> Float[Tensor
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def objective_identity(log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, beta: float) -> Theorem:
+def objective_identity(log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, beta: float | int) -> Theorem:
     r"""KL-regularised reward maximisation is KL minimisation to the optimal policy.
 
     .. math:: J_\beta(\pi) = \beta \log Z_\beta - \beta \, \mathrm{KL}(\pi \| \pi^*_\beta)
@@ -83,7 +84,7 @@ def objective_identity(log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, beta:
 
 
 def generalized_objective_identity(
-    log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, beta_pi: float, beta_r: float
+    log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""The same with the penalty split into a reward and a policy temperature.
 
@@ -101,7 +102,7 @@ def generalized_objective_identity(
 
 
 def generalized_gradient_identity(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""Ascent on the generalised objective is descent on a KL divergence, for any parametrisation.
 
@@ -120,7 +121,7 @@ def generalized_gradient_identity(
     )
 
 
-def optimum_equivalence(log_ref: Tensor, reward: Tensor, *, beta_pi: float, beta_r: float) -> Theorem:
+def optimum_equivalence(log_ref: Tensor, reward: Tensor, *, beta_pi: float | int, beta_r: float | int) -> Theorem:
     r"""Whatever the split of the penalty, the unrestricted optimum is the same policy.
 
     .. math:: \pi^{\beta_\pi} = \pi^*_{\beta_r} \iff \pi = \pi^*_{\beta_r \beta_\pi}
@@ -145,7 +146,7 @@ def optimum_equivalence(log_ref: Tensor, reward: Tensor, *, beta_pi: float, beta
 
 
 def exo_rw_gradient_limit(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""EXO-rw descends the KL divergence that RL descends (the paper's main theorem).
 
@@ -165,7 +166,7 @@ def exo_rw_gradient_limit(
 
 
 def dpo_rw_gradient_limit(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""DPO-rw descends the KL divergence in the other direction.
 
@@ -185,7 +186,7 @@ def dpo_rw_gradient_limit(
 
 
 def exo_rw_gradient_at_reference(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""At the reference EXO-rw is parallel to RL at every K, not only in the limit.
 
@@ -200,7 +201,7 @@ def exo_rw_gradient_at_reference(
 
 
 def exo_rw_bias_rate(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""The bias of EXO-rw, of its value and of its gradient, is c/K with c in closed form.
 
@@ -222,24 +223,24 @@ def exo_rw_bias_rate(
 
 
 def dpo_rw_bias_rate(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, k: int, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""The bias of DPO-rw (less log K), of its value and of its gradient, is c/K with c in closed form.
 
-    .. math:: K \, \big(E[\mathrm{DPO}] - \log K + E_{\pi^*_{\beta_r}}[\log \pi_\theta^{\beta_\pi} - \log \pi_{ref}]\big)
-        \to c
+    .. math:: K \, \big(E[\mathrm{DPO}] - \log K
+        + E_{\pi^*_{\beta_r}}[\log \pi_\theta^{\beta_\pi} - \log \pi_{ref}]\big) \to c
 
     The left side is extrapolated once, as in :func:`exo_rw_bias_rate`.
 
     Source: not in the paper; :func:`exo_toy.finite_k.dpo_rw_bias_coefficient`.
     """
 
-    def limit(log_pi: Tensor, **betas: float) -> Tensor:
+    def limit(log_pi: Tensor, **betas: float | int) -> Tensor:
         log_pi_star, _ = optimal_policy(log_ref, reward, beta=betas["beta_r"])
         # KL(pi*||ref) - KL(pi*||pi) = E_{pi*}[log pi - log ref]
         return kl_optimal_to_policy(log_pi, log_ref, reward, **betas) - kl_divergence(log_pi_star, log_ref)
 
-    def loss(log_pi: Tensor, k: int, **betas: float) -> Tensor:
+    def loss(log_pi: Tensor, k: int, **betas: float | int) -> Tensor:
         expected = finite_k.expected_dpo_rw_loss(log_pi, log_ref, reward, k=k, **betas)
         return expected - torch.tensor(k, dtype=torch.float64).log()
 
@@ -254,7 +255,7 @@ def dpo_rw_bias_rate(
 
 
 def dpo_bradley_terry_identity(
-    policy: Policy, log_ref: Tensor, reward: Tensor, *, beta_pi: float, beta_r: float
+    policy: Policy, log_ref: Tensor, reward: Tensor, *, beta_pi: float | int, beta_r: float | int
 ) -> Theorem:
     r"""DPO on Bradley-Terry labels is DPO-rw on two candidates.
 
@@ -287,7 +288,7 @@ def dpo_bradley_terry_identity(
     )
 
 
-def exo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float, beta_r: float) -> Theorem:
+def exo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float | int, beta_r: float | int) -> Theorem:
     r"""The per-sample gradient of EXO-rw is a covariance under the candidates' own softmax.
 
     .. math:: \nabla \mathrm{EXO} = \sum_i p_f(i) \, (h_i - \bar h) \, \nabla f_i, \quad
@@ -307,7 +308,7 @@ def exo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float
     )
 
 
-def dpo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float, beta_r: float) -> Theorem:
+def dpo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float | int, beta_r: float | int) -> Theorem:
     r"""The per-sample gradient of DPO-rw is the difference of the two softmaxes.
 
     .. math:: \nabla \mathrm{DPO} = \sum_i (p_f(i) - p_r(i)) \, \nabla f_i
@@ -324,7 +325,9 @@ def dpo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float
     )
 
 
-def group_baseline_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float, beta_r: float) -> Theorem:
+def group_baseline_gradient(
+    log_ratio: Tensor, rewards: Tensor, *, beta_pi: float | int, beta_r: float | int
+) -> Theorem:
     r"""Where the policy is the reference, EXO-rw is the policy gradient with the group's mean as baseline.
 
     .. math:: \nabla \mathrm{EXO} = -\frac{\beta_\pi}{\beta_r} \frac1K \sum_i (r_i - \bar r) \, \nabla \log \pi(y_i)
@@ -370,7 +373,7 @@ def _bias_rate(
     coefficient: Callable[..., Tensor],
     *,
     k: int,
-    betas: dict[str, float],
+    betas: dict[str, float | int],
 ) -> Theorem:
     """Extrapolated K * bias against the coefficient, of the value and of the gradient."""
 
@@ -389,7 +392,7 @@ def _bias_rate(
 
 
 def _loss_gradient(
-    loss: Callable[..., Tensor], log_ratio: Tensor, rewards: Tensor, beta_pi: float, beta_r: float
+    loss: Callable[..., Tensor], log_ratio: Tensor, rewards: Tensor, beta_pi: float | int, beta_r: float | int
 ) -> Tensor:
     """Automatic gradient of a listwise loss with respect to the log ratios [B, K]."""
     log_ratio = log_ratio.detach().clone().requires_grad_()

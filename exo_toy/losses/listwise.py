@@ -101,7 +101,7 @@ def dpo_rw_loss(
 
 
 def _candidate_log_probs(
-    log_ratio: Tensor, rewards: Tensor, beta_pi: float, beta_r: float, mask: Tensor | None
+    log_ratio: Tensor, rewards: Tensor, beta_pi: float | int, beta_r: float | int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """log p_f and log p_r over the candidates that count, at least in float32."""
     checks.require_floating(log_ratio=log_ratio, rewards=rewards)

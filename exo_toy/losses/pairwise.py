@@ -124,7 +124,7 @@ def _margin_and_rewards(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    beta: float,
+    beta: float | int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The margin, at least in float32, and both implicit rewards, detached and in the dtype to return."""
     policy = dict(policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps)

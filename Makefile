@@ -1,0 +1,50 @@
+# Each target works as the first command after cloning; only make and Python 3.11 or newer are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: install test test-slow reproduce reproduce-quick reproduce-full bench wheel clean
+
+install: $(INSTALLED)
+
+# .installing marks an installation that has begun; found at the start, it was interrupted, and what it left is removed.
+# Older pip takes the constraints of the build environment from PIP_CONSTRAINT, newer pip from PIP_BUILD_CONSTRAINT.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found; name a Python >= 3.11: make PYTHON=/path/to/python3 install" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python >= 3.11 is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3 install")'
+	@if [ -e $(VENV)/.installing ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && rm -f $(INSTALLED) && touch $(VENV)/.installing
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e '.[figures,experiments,test]'
+	@mv $(VENV)/.installing $(INSTALLED) && touch $(INSTALLED)
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto -m "not slow"
+
+reproduce: $(INSTALLED)
+	$(BIN)/exo-toy reproduce
+
+reproduce-quick: $(INSTALLED)
+	$(BIN)/exo-toy reproduce --quick
+
+reproduce-full: $(INSTALLED)
+	$(BIN)/exo-toy reproduce --full
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.policies
+	$(BIN)/python -m benchmarks.finite_k
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --no-isolation --wheel
+
+clean:
+	rm -rf build dist analysis/.cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Experiments that compute and store; nothing here draws. See :mod:`analysis.runner`."""

@@ -1,0 +1,479 @@
+"""The paper's claims in our words, where each is checked here, and what the stored results say of it.
+
+The verdicts are computed from stored results alone. The paper is Ji et al., arXiv:2402.00856v4; KL directions are read
+by argument order. What an experiment must provide is listed beside the function that reads it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from analysis.storage import StoredResult
+
+Results = Mapping[str, StoredResult]
+Measured = Mapping[str, Any]
+
+# Identities are exact: what is left is rounding.
+EXACT = 1e-12
+# A bias of c/K + O(1/K^2) has slope -1 on logarithmic axes, up to the second term.
+SLOPE_TOLERANCE = 0.01
+COEFFICIENT_TOLERANCE = 0.01
+# Converged: a loss at finite K ends within a tenth of the best value of KL(pi_theta || pi*).
+NEAR_OPTIMUM = 1.1
+
+
+class Verdict(StrEnum):
+    """What the results say of a claim."""
+
+    HOLDS = "holds"
+    CONDITIONAL = "holds under stated conditions"
+    FAILS = "fails"
+    NOT_TESTED = "not tested here"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured, in one line, and the verdict it leads to."""
+
+    ours: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, where it is made and where it is checked; ``evaluate`` is None where it is not tested here."""
+
+    id: str
+    statement: str
+    where: str
+    function: str = ""
+    test: str = ""
+    script: str = ""
+    figure: str = ""
+    paper_value: str = ""
+    evaluate: Callable[[Results], Outcome] | None = None
+    why_not: str = ""
+    # False for a claim whose failure is itself a finding: it is reported and does not make the command fail.
+    should_hold: bool = True
+
+
+def judge(claim: Claim, results: Results) -> Outcome:
+    """The outcome of a claim; of one that is not tested, the reason."""
+    return claim.evaluate(results) if claim.evaluate else Outcome(claim.why_not, Verdict.NOT_TESTED)
+
+
+def failed(outcomes: Mapping[Claim, Outcome]) -> list[Claim]:
+    """Claims that should hold and do not."""
+    return [claim for claim, outcome in outcomes.items() if claim.should_hold and outcome.verdict == Verdict.FAILS]
+
+
+def _holds_if(condition: bool, otherwise: Verdict = Verdict.FAILS) -> Verdict:
+    # A NaN compares as False, and so never holds.
+    return Verdict.HOLDS if condition else otherwise
+
+
+def _identities(*names: str) -> Callable[[Results], Outcome]:
+    """Exact identities; objective_identity provides ``problems`` and ``worst_residual.<identity>`` (relative)."""
+
+    def evaluate(results: Results) -> Outcome:
+        stored = results["objective_identity"]
+        residuals = [stored.number(f"worst_residual.{name}") for name in names]
+        problems = stored.number("problems")
+        text = f"largest relative residual {_largest(residuals):.1e} over {problems} drawn problems"
+        return Outcome(text, _holds_if(all(residual <= EXACT for residual in residuals)))
+
+    return evaluate
+
+
+def _largest(values: list[float]) -> float:
+    """The maximum, NaN if one of them is."""
+    return next((value for value in values if value != value), max(values))
+
+
+def _loss_limit(loss: str) -> Callable[[Results], Outcome]:
+    """E[loss] tends to its limit; gradient_alignment provides, over all cases,
+
+    ``largest_k``, ``<loss>.loss_slope`` (of log |bias| against log K, the one farthest from -1) and
+    ``<loss>.loss_coefficient_error`` (K * bias against c, relative, the worst at the largest K).
+    """
+
+    def evaluate(results: Results) -> Outcome:
+        stored = results["gradient_alignment"]
+        slope, error = stored.number(f"{loss}.loss_slope"), stored.number(f"{loss}.loss_coefficient_error")
+        text = f"bias falls as K^{slope:.4f}; K·bias within {error:.1e} of its closed form at K={_largest_k(stored)}"
+        return Outcome(text, _holds_if(abs(slope + 1) <= SLOPE_TOLERANCE and error <= COEFFICIENT_TOLERANCE))
+
+    return evaluate
+
+
+def _gradient_limit(loss: str) -> Callable[[Results], Outcome]:
+    """E[gradient] tends to that of its divergence; gradient_alignment provides, over all cases and policy classes,
+
+    ``<loss>.gradient_slope`` (of the log relative error against log K, the one farthest from -1),
+    ``<loss>.gradient_error`` (relative, the worst at the largest K), ``<loss>.cosine`` (to its own target, the least
+    at the largest K) and ``<loss>.cosine_to_other`` (to the other divergence's gradient, the least).
+    """
+
+    def evaluate(results: Results) -> Outcome:
+        stored = results["gradient_alignment"]
+        slope, error = stored.number(f"{loss}.gradient_slope"), stored.number(f"{loss}.gradient_error")
+        cosine, other = stored.number(f"{loss}.cosine"), stored.number(f"{loss}.cosine_to_other")
+        text = (
+            f"relative error falls as K^{slope:.4f}, to {error:.1e} at K={_largest_k(stored)}; "
+            f"1 − cosine at most {1 - cosine:.1e} (cosine to the other divergence down to {other:.3f})"
+        )
+        return Outcome(text, _holds_if(abs(slope + 1) <= SLOPE_TOLERANCE and cosine > other))
+
+    return evaluate
+
+
+def _largest_k(stored: StoredResult) -> str:
+    return f"{stored.number('largest_k'):,}"
+
+
+def _loss_and_gradient_limit(loss: str) -> Callable[[Results], Outcome]:
+    """Both of the above."""
+
+    def evaluate(results: Results) -> Outcome:
+        value, gradient = _loss_limit(loss)(results), _gradient_limit(loss)(results)
+        both = value.verdict == gradient.verdict == Verdict.HOLDS
+        return Outcome(f"loss: {value.ours}; gradient: {gradient.ours}", _holds_if(both))
+
+    return evaluate
+
+
+def _mode_seeking(results: Results) -> Outcome:
+    """EXO under limited capacity: the limit, and the fixed points of the expected loss at each K.
+
+    A policy has chosen a mode where it gives that one at least what pi* gives it, and the other one less.
+    mode_seeking provides what :func:`_two_modes` reads.
+    """
+    stored = results["mode_seeking"]
+    target, limit, _, fixed_points = _two_modes(stored)
+    chosen = {k: _chooses_a_mode(point["mode_masses"], target) for k, point in fixed_points.items()}
+    from_k = _holds_from(chosen)
+    found = f"from K={from_k} on" if from_k else "at no K tested"
+    text = (
+        f"masses of the two modes {_pair(limit['mode_masses'])} at the minimiser of KL(π_θ‖π*), {_pair(target)} in π*; "
+        f"EXO-rw's fixed points choose a mode {found}"
+    )
+    if not _chooses_a_mode(limit["mode_masses"], target) or from_k is None:
+        return Outcome(text, Verdict.FAILS)
+    return Outcome(text, _holds_if(all(chosen.values()), Verdict.CONDITIONAL))
+
+
+def _finite_k(results: Results) -> Outcome:
+    """EXO at finite K: KL(pi_theta || pi*) of the fixed points against the best possible."""
+    _, limit, _, fixed_points = _two_modes(results["mode_seeking"])
+    best = limit["kl_policy_to_optimal"]
+    values = {k: point["kl_policy_to_optimal"] for k, point in fixed_points.items()}
+    from_k = _holds_from({k: value <= NEAR_OPTIMUM * best for k, value in values.items()})
+    reached = ", ".join(f"{value:.3f} at K={k}" for k, value in values.items())
+    text = f"KL(π_θ‖π*) of the fixed points: {reached}; of the best minimiser {best:.3f}"
+    if from_k is None:
+        return Outcome(text, Verdict.FAILS)
+    return Outcome(text, _holds_if(from_k == min(values), Verdict.CONDITIONAL))
+
+
+def _mean_seeking(results: Results) -> Outcome:
+    """DPO under limited capacity: its limit gives both modes less than pi* does, the rest lying between them."""
+    target, best, mean, _ = _two_modes(results["mode_seeking"])
+    text = (
+        f"masses of the two modes {_pair(mean['mode_masses'])} at the minimiser of KL(π*‖π_θ), {_pair(target)} in π*; "
+        f"KL(π_θ‖π*) {mean['kl_policy_to_optimal']:.3f}, at best {best['kl_policy_to_optimal']:.3f}"
+    )
+    neither = all(mass < wanted for mass, wanted in zip(mean["mode_masses"], target, strict=True))
+    return Outcome(text, _holds_if(neither and mean["kl_policy_to_optimal"] > best["kl_policy_to_optimal"]))
+
+
+def _two_modes(stored: StoredResult) -> tuple[list[float], Measured, Measured, dict[int, Measured]]:
+    """The two-mode case with independent positions: pi*'s mode masses, both limits, EXO-rw's fixed points by K.
+
+    mode_seeking provides ``target.<beta>.mode_masses``, ``capacity`` (a list, by ``order`` and ``beta``, with
+    ``policy_to_optimal``, best first, and ``optimal_to_policy``) and ``fixed_points`` (a list, by ``loss`` and ``k``).
+    """
+    beta = stored.config["beta"]
+    target = stored.number("target")[str(beta)]["mode_masses"]
+    (limits,) = (case for case in stored.number("capacity") if (case["order"], case["beta"]) == (0, beta))
+    points = {point["k"]: point for point in stored.number("fixed_points") if point["loss"] == "exo"}
+    return target, limits["policy_to_optimal"][0], limits["optimal_to_policy"], dict(sorted(points.items()))
+
+
+def _chooses_a_mode(masses: list[float], target: list[float]) -> bool:
+    """One mode gets at least its share of pi*, the other less."""
+    more = [mass >= wanted for mass, wanted in zip(masses, target, strict=True)]
+    return sum(more) == 1
+
+
+def _pair(masses: list[float]) -> str:
+    return " and ".join(f"{mass:.4f}" for mass in masses)
+
+
+def _holds_from(holds: dict[int, bool]) -> int | None:
+    """The smallest key from which on all values are true."""
+    from_k = None
+    for k in sorted(holds, reverse=True):
+        if not holds[k]:
+            break
+        from_k = k
+    return from_k
+
+
+def _preference_definition(results: Results) -> Outcome:
+    """EXO-pref; objective_identity provides ``worst_residual.exo_pref`` (Eq. 16 against its written-out sum) and
+
+    ``exo_pref_recovered_reward`` {eps: recovered over true reward, for small reward gaps}, with eps as text.
+    """
+    stored = results["objective_identity"]
+    residual = stored.number("worst_residual.exo_pref")
+    recovered = stored.number("exo_pref_recovered_reward")
+    factors = ", ".join(f"{factor:.3g} at ε={eps}" for eps, factor in recovered.items())
+    text = f"definition to {residual:.1e}; optimum is π*_β only up to ε: recovered over true reward {factors}"
+    return Outcome(text, Verdict.CONDITIONAL if residual <= EXACT else Verdict.FAILS)
+
+
+def _density_ratio(results: Results) -> Outcome:
+    """Density ratios; density_ratio provides for exo_rw, dpo_rw and optimal the exact
+
+    ``<method>.ratio_at_mode`` (pi/pi_ref at the highest mode of pi*) and, but for optimal, ``<method>.kl_to_optimal``
+    (KL(pi_theta || pi*)).
+    """
+    stored = results["density_ratio"]
+    exo, dpo = stored.number("exo_rw"), stored.number("dpo_rw")
+    text = (
+        f"one prompt, exact: ρ at π*'s mode {stored.number('optimal.ratio_at_mode'):.3g} for π*, "
+        f"{exo['ratio_at_mode']:.3g} for EXO-rw, {dpo['ratio_at_mode']:.3g} for DPO-rw; KL to π* "
+        f"{exo['kl_to_optimal']:.3f} and {dpo['kl_to_optimal']:.3f}"
+    )
+    better = exo["ratio_at_mode"] > dpo["ratio_at_mode"] and exo["kl_to_optimal"] < dpo["kl_to_optimal"]
+    # One prompt of a small space cannot show what is said of seven prompts of a language model.
+    return Outcome(text, Verdict.CONDITIONAL if better else Verdict.FAILS)
+
+
+def _at_reference(results: Results) -> Outcome:
+    """EXO-rw at the reference; gradient_alignment provides ``at_reference.exo_rw`` and ``.dpo_rw``:
+
+    the relative distance of E[gradient] from (K-1)/K times its limit, the worst over all K and cases.
+    """
+    stored = results["gradient_alignment"]
+    exo, dpo = stored.number("at_reference.exo_rw"), stored.number("at_reference.dpo_rw")
+    text = f"largest relative distance over all K: EXO-rw {exo:.1e}, DPO-rw {dpo:.1e} (which has no such property)"
+    return Outcome(text, _holds_if(exo <= EXACT and dpo > EXACT))
+
+
+def _rates(results: Results) -> Outcome:
+    """Bias c/K of both losses."""
+    outcomes = [_loss_limit(loss)(results) for loss in ("exo_rw", "dpo_rw")]
+    text = "; ".join(f"{name}: {outcome.ours}" for name, outcome in zip(("EXO-rw", "DPO-rw"), outcomes, strict=True))
+    return Outcome(text, _holds_if(all(outcome.verdict == Verdict.HOLDS for outcome in outcomes)))
+
+
+NEEDS_MODELS = "needs the data sets, the weights of the authors' models and GPT-4 as a judge"
+
+CLAIMS = (
+    Claim(
+        "C1",
+        "Maximising the KL-regularised reward is minimising KL(π_θ‖π*_β)",
+        "Sections 2 and 3 (after Korbak et al., 2022)",
+        function="exo_toy.theorems.objective_identity",
+        test="tests/test_theorems.py",
+        script="analysis/objective_identity.py",
+        figure="objective_identity",
+        paper_value="proved",
+        evaluate=_identities("objective"),
+    ),
+    Claim(
+        "C2",
+        "The optimal policy is energy-based: π*_β ∝ π_sft exp(r/β)",
+        "Section 2",
+        function="exo_toy.targets.optimal_policy",
+        test="tests/test_targets.py",
+        script="analysis/objective_identity.py",
+        figure="objective_identity",
+        paper_value="proved",
+        evaluate=_identities("optimum"),
+    ),
+    Claim(
+        "C3",
+        "The KL penalty splits into β = β_r·β_π with the same optimum; PPO is (1, β), DPO is (β, 1) in (β_π, β_r)",
+        "Section 3, generalised objective",
+        function="exo_toy.theorems.generalized_objective_identity, exo_toy.theorems.optimum_equivalence",
+        test="tests/test_theorems.py",
+        script="analysis/objective_identity.py",
+        figure="objective_identity",
+        paper_value="proved",
+        evaluate=_identities("generalized", "generalized_gradient", "optimum_split"),
+    ),
+    Claim(
+        "C4",
+        "The K-candidate loss KL(p_f‖p_r) tends to KL(π_θ^{β_π}‖π*_{β_r}) as K grows",
+        "Section 3, EXO with K candidates",
+        function="exo_toy.finite_k.expected_exo_rw_loss",
+        test="tests/test_finite_k.py",
+        script="analysis/gradient_alignment.py",
+        figure="gradient_alignment",
+        paper_value="limit",
+        evaluate=_loss_limit("exo_rw"),
+    ),
+    Claim(
+        "C5",
+        "EXO's gradient tends to that of KL(π_θ^{β_π}‖π*_{β_r}), which is −∇J/β_r, for any parametrisation",
+        "Section 3, theorem on EXO's gradient",
+        function="exo_toy.theorems.exo_rw_gradient_limit",
+        test="tests/test_theorems.py",
+        script="analysis/gradient_alignment.py",
+        figure="gradient_alignment",
+        paper_value="limit",
+        evaluate=_gradient_limit("exo_rw"),
+    ),
+    Claim(
+        "C6",
+        "Under limited capacity EXO reaches RLHF's mode-seeking solution",
+        "Section 3, comparison of EXO and DPO",
+        function="exo_toy.finite_k.expected_exo_rw_loss",
+        test="tests/test_analysis_mode_seeking.py",
+        script="analysis/mode_seeking.py",
+        figure="mode_seeking",
+        paper_value="illustrated",
+        evaluate=_mode_seeking,
+    ),
+    Claim(
+        "C7",
+        "With finite K EXO still converges effectively and efficiently",
+        "Section 3, EXO with K candidates",
+        function="exo_toy.finite_k.expected_exo_rw_loss",
+        test="tests/test_analysis_mode_seeking.py",
+        script="analysis/mode_seeking.py",
+        figure="mode_seeking",
+        paper_value="stated",
+        evaluate=_finite_k,
+    ),
+    Claim(
+        "C8",
+        "DPO extends to soft targets over K candidates (DPO-rw); loss and gradient tend to those of "
+        "KL(π*_{β_r}‖π_θ^{β_π})",
+        "Section 3, DPO with rewards",
+        function="exo_toy.theorems.dpo_rw_gradient_limit",
+        test="tests/test_theorems.py",
+        script="analysis/gradient_alignment.py",
+        figure="gradient_alignment",
+        paper_value="limit",
+        evaluate=_loss_and_gradient_limit("dpo_rw"),
+    ),
+    Claim(
+        "C9",
+        "Hence DPO is inexact: under limited capacity its solution is mean-seeking",
+        "Section 3, comparison of EXO and DPO",
+        function="exo_toy.finite_k.expected_dpo_rw_loss",
+        test="tests/test_analysis_mode_seeking.py",
+        script="analysis/mode_seeking.py",
+        figure="mode_seeking",
+        paper_value="illustrated",
+        evaluate=_mean_seeking,
+    ),
+    Claim(
+        "C10",
+        "EXO learns from preferences with K=2 and the human label as a label-smoothed one-hot target",
+        "Section 3, Eq. 16",
+        function="exo_toy.losses.exo_pref_loss",
+        test="tests/test_pairwise_losses.py",
+        script="analysis/objective_identity.py",
+        figure="objective_identity",
+        paper_value="definition",
+        evaluate=_preference_definition,
+    ),
+    Claim(
+        "C11",
+        "Policy-gradient RL has high variance and needs sampling inside the training loop",
+        "Introduction",
+        paper_value="stated",
+        why_not="planned: exact covariance of the policy gradient on an enumerable space",
+    ),
+    Claim(
+        "C12",
+        "An autoregressive model of polynomial size cannot hold every energy-based distribution",
+        "Introduction and Section 3 (after Lin et al., 2021)",
+        paper_value="cited",
+        why_not="planned: state counts and the KL gap against capacity",
+    ),
+    Claim(
+        "C13",
+        "IMDB: EXO has the best frontier of oracle reward against KL(π_θ‖π_sft), and the highest reward at equal "
+        "training steps",
+        "Section 4, IMDB",
+        paper_value="figure",
+        why_not="planned: the experiment in miniature",
+    ),
+    Claim(
+        "C14",
+        "The density ratio of EXO's policy to π_sft follows π*'s and concentrates on its mode; DPO's does not",
+        "Section 4, visualisation; seven prompts in the appendix",
+        function="exo_toy.objectives.kl_policy_to_optimal",
+        test="tests/test_analysis_density_ratio.py",
+        script="analysis/density_ratio.py",
+        figure="density_ratio",
+        paper_value="seven prompts, drawn",
+        evaluate=_density_ratio,
+    ),
+    Claim(
+        "C15",
+        "TL;DR, Anthropic-HH and instruction following: EXO above DPO and PPO, on par with Best-of-128",
+        "Section 4, tables of win rates",
+        paper_value="tables below",
+        why_not=NEEDS_MODELS,
+    ),
+    Claim(
+        "T3",
+        "At θ = reference, EXO-rw's expected gradient is (K−1)/K times its limit, at every K",
+        "not in the paper",
+        function="exo_toy.theorems.exo_rw_gradient_at_reference",
+        test="tests/test_theorems.py",
+        script="analysis/gradient_alignment.py",
+        figure="gradient_alignment",
+        paper_value="none",
+        evaluate=_at_reference,
+    ),
+    Claim(
+        "T4",
+        "The bias of both losses is c/K + O(1/K²) with c in closed form",
+        "not in the paper",
+        function="exo_toy.theorems.exo_rw_bias_rate, exo_toy.theorems.dpo_rw_bias_rate",
+        test="tests/test_theorems.py",
+        script="analysis/gradient_alignment.py",
+        figure="gradient_alignment",
+        paper_value="none",
+        evaluate=_rates,
+    ),
+    Claim(
+        "E1",
+        "Expected losses at finite K by quadrature equal the sum over all tuples of candidates",
+        "not in the paper",
+        function="exo_toy.finite_k.expected_exo_rw_loss, exo_toy.finite_k.expected_dpo_rw_loss",
+        test="tests/test_finite_k.py",
+        script="analysis/objective_identity.py",
+        figure="objective_identity",
+        paper_value="none",
+        evaluate=_identities("finite_k_enumeration"),
+    ),
+)
+
+WIN_RATE_COLUMNS = ("method", "RM vs SFT", "RM vs chosen", "GPT-4 vs SFT", "GPT-4 vs chosen")
+WIN_RATES = {
+    "TL;DR summarisation": (
+        ("DPO-pref", 68.3, 23.7, 57.0, 30.5),
+        ("EXO-pref", 92.5, 60.1, 83.0, 55.0),
+        ("Best-of-N (128)", 99.3, 75.8, 83.5, 60.0),
+        ("PPO", 93.2, 58.3, 77.0, 52.0),
+        ("DPO-rw", 82.7, 39.8, 70.0, 41.0),
+        ("EXO-rw", 97.3, 76.4, 88.5, 64.0),
+    ),
+    "Anthropic-HH (helpfulness) dialogue": (
+        ("DPO-pref", 66.3, 65.1, 58.0, 37.0),
+        ("EXO-pref", 76.4, 76.7, 73.0, 51.0),
+        ("Best-of-N (128)", 94.6, 98.2, 86.0, 63.0),
+        ("PPO", 75.0, 74.0, 66.5, 52.0),
+        ("DPO-rw", 79.9, 81.3, 75.5, 49.0),
+        ("EXO-rw", 85.6, 87.2, 83.5, 60.0),
+    ),
+}
