@@ -22,10 +22,10 @@ from exo_toy import finite_k, rewards, theorems
 from exo_toy.divergences import kl_divergence
 from exo_toy.losses import dpo_rw_loss, exo_rw_loss
 from exo_toy.objectives import kl_optimal_to_policy, kl_policy_to_optimal
-from exo_toy.policies import KGramPolicy, TabularPolicy
+from exo_toy.policies import KGramPolicy, Policy, TabularPolicy
 from exo_toy.spaces import SequenceSpace
 from exo_toy.targets import optimal_policy
-from exo_toy.theorems import Policy, parameter_gradient
+from exo_toy.theorems import parameter_gradient
 
 LOSSES = ("exo_rw", "dpo_rw")
 TARGETS = ("policy_to_optimal", "optimal_to_policy")
@@ -64,14 +64,14 @@ class Config:
     near: float = 0.5
     far: float = 3.0
     largest_exponent: int = 20
-    fit_from_exponent: int = 14
+    fit_from_exponent: int = 16
     sampled_completions: int = 2**16
     sampled_largest_exponent: int = 14
     repetitions: int = 200
     rate_exponents: tuple[int, ...] = (6, 10, 14)
 
     @property
-    def betas(self) -> dict[str, float]:
+    def betas(self) -> dict[str, Any]:
         """Both temperatures, as keyword arguments."""
         return {"beta_pi": self.beta_pi, "beta_r": self.beta_r}
 
@@ -230,7 +230,7 @@ def draw_problem(config: Config, policy_class: str, distance: str, seed: int) ->
 def add_noise(policy: Policy, scale: float, generator: torch.Generator) -> None:
     """Independent normal noise on every logit."""
     for parameter in policy.parameters():
-        parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 def exact_case(settings: dict[str, Any], policy_class: str, distance: str, seed: int) -> dict[str, np.ndarray]:
@@ -309,7 +309,7 @@ def sampled_gradient(
     reward: Tensor,
     k: int,
     draws: int,
-    betas: dict[str, float],
+    betas: dict[str, Any],
     generator: torch.Generator,
 ) -> Tensor:
     """Gradient of a loss averaged over ``draws`` sets of K candidates for each prompt, flattened."""

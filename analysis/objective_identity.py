@@ -1,10 +1,10 @@
 """To how many digits the exact identities hold: their residuals over thousands of drawn problems.
 
-Problems differ in space, prompts, policy class, temperatures (three decades) and rewards (three decades, up to hundreds
-of nats over beta_r). Every identity is evaluated twice: as stated, and with its temperature (or label smoothing) one per
-cent off on one side only, which it must not survive. Beside that stand the optimum itself, against perturbed policies
-and as found by maximising the objective under several splits of the penalty, and what EXO on preference labels
-recovers of a reward.
+Problems differ in space, prompts, policy class, temperatures and rewards, both over more than two decades, so that
+rewards over their temperature reach a thousand nats. Every identity is evaluated twice: as stated, and with its
+temperature (or label smoothing) one per cent off on one side only, which it must not survive. Beside that stand the
+optimum itself, against perturbed policies and as found by maximising the objective under several splits of the penalty,
+and what EXO on preference labels recovers of a reward.
 
 A relative error is the largest difference of the sides over their largest entry. A side can be a small difference of
 large terms: where a policy is almost a point mass, the gradient of an expectation is p(y) h(y) less p(y) E_p[h]. No
@@ -31,10 +31,10 @@ from exo_toy.divergences import kl_divergence, total_variation
 from exo_toy.logspace import expectation
 from exo_toy.losses import dpo_rw_loss, exo_pref_loss, exo_rw_loss
 from exo_toy.objectives import alignment_objective, generalized_objective
-from exo_toy.policies import KGramPolicy, TabularPolicy
+from exo_toy.policies import KGramPolicy, Policy, TabularPolicy
 from exo_toy.spaces import SequenceSpace
 from exo_toy.targets import optimal_policy, tempered_policy
-from exo_toy.theorems import Policy, Theorem, parameter_gradient
+from exo_toy.theorems import Theorem
 
 # (V, T, eos): from 2 to 125 completions.
 SPACES = ((2, 1, None), (2, 4, None), (3, 3, None), (4, 3, 0), (5, 3, None), (3, 4, 2), (2, 6, 1), (7, 2, None))
@@ -51,7 +51,7 @@ class Config:
     """Settings; the defaults are the reported run. Scales and temperatures are drawn log-uniformly between bounds."""
 
     seed: int = 0
-    problems: int = 4000
+    problems: int = 3000
     chunk: int = 100
     lowest_temperature: float = 0.05
     highest_temperature: float = 20.0
@@ -60,8 +60,9 @@ class Config:
     highest_reward_scale: float = 30.0
     largest_k: int = 2**20
     perturbations: int = 20
-    split_problems: int = 100
+    split_problems: int = 60
     split_size: int = 9
+    split_starts: int = 3
     lowest_split_beta: float = 0.1
     highest_split_beta: float = 2.0
     label_smoothing: tuple[float, ...] = (0.001, 0.01, 0.1192, 0.3)
@@ -69,15 +70,15 @@ class Config:
 
 
 PRESETS = {
-    "quick": Config(problems=120, chunk=20, split_problems=6),
-    "default": Config(problems=600, chunk=50, split_problems=30),
+    "quick": Config(problems=120, chunk=20, split_problems=3),
+    "default": Config(problems=600, chunk=50, split_problems=10),
     "full": Config(),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A policy, tables [X, N] of a reference and a reward, both temperatures, and candidates drawn as indices [X, K]."""
+    """A policy, tables [X, N] of a reference and a reward, temperatures, and the indices [X, K] of some candidates."""
 
     policy: Policy
     log_ref: Tensor
@@ -89,7 +90,7 @@ class Problem:
     label_smoothing: float
 
     @property
-    def betas(self) -> dict[str, float]:
+    def betas(self) -> dict[str, Any]:
         """Both temperatures, as keyword arguments."""
         return {"beta_pi": self.beta_pi, "beta_r": self.beta_r}
 
@@ -164,7 +165,9 @@ def _numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         "optimum_excess": arrays["optimum_excess"].max(),
         "perturbed_policies": config.problems * config.perturbations,
         "split_problems": config.split_problems,
-        "split_distance": {split: arrays[f"split_distance.{split}"].max() for split in SPLITS},
+        # Of the best of several starts; and how many of all runs ended elsewhere, saturated.
+        "split_distance": {split: arrays[f"split_distance.{split}"][:, 0].max() for split in SPLITS},
+        "split_share_saturated": {split: (arrays[f"split_distance.{split}"] > 1e-6).mean() for split in SPLITS},
         "exo_pref_recovered_reward": {
             f"{eps:g}": recovered_reward(config.reward_gap, label_smoothing=eps) / config.reward_gap
             for eps in config.label_smoothing
@@ -218,15 +221,23 @@ def _optimum(p: Problem) -> Theorem:
 
 
 def _exo_pref(p: Problem) -> Theorem:
-    """EXO-pref against KL(p_f || p_h) written out, beta = beta_pi beta_r, the first two candidates."""
-    log_ratio = p.candidate_tables[0][:, :2]
-    eps, beta = p.label_smoothing, p.beta_pi * p.beta_r
-    chosen, rejected = log_ratio.unbind(-1)
+    """EXO-pref on the first two candidates against KL(p_f || p_h) written out, beta = beta_pi beta_r."""
+    chosen, rejected = p.candidate_tables[0][:, :2].unbind(-1)
     zero = torch.zeros_like(chosen)
-    loss = exo_pref_loss(chosen, rejected, zero, zero, beta=beta, label_smoothing=eps).losses
-    log_p_f = (beta * log_ratio).log_softmax(-1)
-    log_p_h = torch.tensor([1 - eps, eps], dtype=torch.float64).log()
-    return Theorem(loss, (log_p_f.exp() * (log_p_f - log_p_h)).sum(-1), ())
+    loss = exo_pref_loss(
+        chosen, rejected, zero, zero, beta=p.beta_pi * p.beta_r, label_smoothing=p.label_smoothing
+    ).losses
+    log_p_f, log_p_h = _pair_probabilities(p)
+    return Theorem(loss, expectation(log_p_f, log_p_f - log_p_h), ("one human label, smoothed",))
+
+
+def _pair_probabilities(p: Problem) -> tuple[Tensor, Tensor]:
+    """log p_f [X, 2] and log p_h [2] of EXO-pref, the first candidate chosen."""
+    chosen, rejected = p.candidate_tables[0][:, :2].unbind(-1)
+    margin = p.beta_pi * p.beta_r * (chosen - rejected)
+    zero = torch.zeros_like(margin)
+    log_p_f = -torch.stack([torch.logaddexp(zero, -margin), torch.logaddexp(zero, margin)], -1)
+    return log_p_f, torch.tensor([math.log1p(-p.label_smoothing), math.log(p.label_smoothing)], dtype=torch.float64)
 
 
 def _enumeration(p: Problem) -> Theorem:
@@ -275,7 +286,13 @@ LARGEST_TERM: dict[str, Callable[[Problem], Tensor]] = {
     "dpo_rw_sample_gradient": lambda p: p.beta_pi * torch.stack(p.candidate_log_softmaxes).exp().max(),
     "group_baseline": lambda p: p.beta_pi / p.beta_r * p.candidate_tables[1].abs().max() / p.candidates.shape[-1],
     "exo_rw_at_reference": lambda p: p.beta_pi * _gradient_term(p.log_pi, p.at_reference.log_pi_star),
+    "exo_pref": lambda p: _largest_pair_term(*_pair_probabilities(p)),
 }
+
+
+def _largest_pair_term(log_p_f: Tensor, log_p_h: Tensor) -> Tensor:
+    """max p_f |log(p_f/p_h)|."""
+    return (log_p_f.exp() * (log_p_f - log_p_h).abs()).max()
 
 
 def _value_term(log_pi: Tensor, p: Problem) -> Tensor:
@@ -328,43 +345,49 @@ def optimum_excess(problem: Problem, rng: np.random.Generator, config: Config) -
         alignment_objective(log_pi, problem.log_ref.expand(shape), problem.reward.expand(shape), beta=problem.beta_r)
         for log_pi in (log_pi_star.expand(shape), perturbed)
     )
-    return (others - best).max().item() / max(
-        _value_term(log_pi, problem).item() for log_pi in (log_pi_star, *perturbed)
-    )
+    term = torch.maximum(_value_term(log_pi_star, problem), _value_term(perturbed, problem))
+    return ((others - best).max() / term).item()
 
 
-def split_case(settings: dict[str, Any], index: int) -> dict[str, float]:
-    """Total variation between pi*_beta and the maximiser of the objective, for each split of beta."""
+def split_case(settings: dict[str, Any], index: int) -> dict[str, list[float]]:
+    """Total variation between pi*_beta and the maximisers of the objective, for each split of beta.
+
+    One maximiser for each start, the first of them the reference; the one of largest objective comes first.
+    """
     config = Config(**settings)
     rng = np.random.default_rng([config.seed, index, 2])
     beta = math.exp(rng.uniform(math.log(config.lowest_split_beta), math.log(config.highest_split_beta)))
-    log_ref, reward, start = torch.from_numpy(rng.standard_normal((3, 1, config.split_size)))
+    log_ref, reward, *starts = torch.from_numpy(rng.standard_normal((config.split_starts + 1, config.split_size)))
     log_ref = log_ref.log_softmax(-1)
     log_pi_star, _ = optimal_policy(log_ref, reward, beta=beta)
     betas = {"ppo": (1.0, beta), "dpo": (beta, 1.0), "geometric": (math.sqrt(beta), math.sqrt(beta))}
-    found = {
-        split: maximise_objective(log_ref, reward, start, beta_pi=beta_pi, beta_r=beta_r)
-        for split, (beta_pi, beta_r) in betas.items()
-    }
-    return {split: total_variation(log_pi, log_pi_star).item() for split, log_pi in found.items()}
+    out = {}
+    for split, (beta_pi, beta_r) in betas.items():
+        ends = [
+            maximise_objective(log_ref, reward, start, beta_pi=beta_pi, beta_r=beta_r) for start in (log_ref, *starts)
+        ]
+        ends.sort(key=lambda end: end[0], reverse=True)
+        out[split] = [total_variation(log_pi, log_pi_star).item() for _, log_pi in ends]
+    return out
 
 
-def maximise_objective(log_ref: Tensor, reward: Tensor, start: Tensor, *, beta_pi: float, beta_r: float) -> Tensor:
-    """The policy [1, N] of largest generalised objective over all logits, found by L-BFGS from given ones."""
-    policy = TabularPolicy(SequenceSpace(start.shape[-1], 1))
+def maximise_objective(
+    log_ref: Tensor, reward: Tensor, start: Tensor, *, beta_pi: float, beta_r: float
+) -> tuple[float, Tensor]:
+    """Where L-BFGS on the logits [N] of a full table ends from given ones: generalised objective and policy [N].
 
-    def loss_and_gradient(logits: np.ndarray) -> tuple[float, np.ndarray]:
-        with torch.no_grad():
-            policy.logits.copy_(torch.from_numpy(logits))
-        log_pi = policy.log_probs()
-        loss = -generalized_objective(log_pi, log_ref, reward, beta_pi=beta_pi, beta_r=beta_r).sum() / beta_r
-        return loss.item(), parameter_gradient(loss, policy).numpy()
+    A step that is too long can take a logit so low that its gradient vanishes; such a run ends below the maximum.
+    """
+
+    def loss_and_gradient(values: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = torch.from_numpy(values).requires_grad_()
+        log_pi = logits.log_softmax(-1)
+        loss = -generalized_objective(log_pi, log_ref, reward, beta_pi=beta_pi, beta_r=beta_r) / beta_r
+        return loss.item(), torch.autograd.grad(loss, logits)[0].numpy()
 
     options = {"maxiter": 2000, "maxfun": 4000, "ftol": 0.0, "gtol": 1e-13}
-    found = scipy.optimize.minimize(
-        loss_and_gradient, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options
-    )
-    return torch.from_numpy(found.x).log_softmax(-1).reshape(1, -1)
+    found = scipy.optimize.minimize(loss_and_gradient, start.numpy(), jac=True, method="L-BFGS-B", options=options)
+    return -beta_r * float(found.fun), torch.from_numpy(found.x).log_softmax(-1)
 
 
 def recovered_reward(reward_gap: float, *, label_smoothing: float) -> float:

@@ -6,6 +6,7 @@ gather per token: T look-ups for each of the N completions, their tokens given.
 """
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,14 @@ from torch import Tensor
 
 from exo_toy.policies import KGramPolicy
 from exo_toy.spaces import SequenceSpace
+
+
+def always_take_fresh_pages() -> None:
+    """Have glibc map every large block anew; left alone it hands some of them used pages, five times as fast."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, 2**20)
 
 
 def gather_per_token(policy: KGramPolicy, tokens: Tensor) -> Tensor:
@@ -35,18 +44,18 @@ def gather_per_token(policy: KGramPolicy, tokens: Tensor) -> Tensor:
     return log_probs
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(candidates: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each candidate over rounds in which all take turns, after one round of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             candidate()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def measure(policy: KGramPolicy, rounds: int) -> dict[str, float]:
+def measure(policy: KGramPolicy, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Seconds of a copy, and of forward and forward + backward by either implementation."""
     tokens = policy.space.tokens()
     parameters = list(policy.parameters())
@@ -63,6 +72,7 @@ def measure(policy: KGramPolicy, rounds: int) -> dict[str, float]:
             "both": lambda: torch.autograd.grad(policy.log_probs(), parameters, weights),
         },
         rounds,
+        clock,
     )
     by_gather = medians(
         {
@@ -71,6 +81,7 @@ def measure(policy: KGramPolicy, rounds: int) -> dict[str, float]:
             "gather both": lambda: torch.autograd.grad(gather_per_token(policy, tokens), parameters, weights),
         },
         max(1, rounds // 10),
+        clock,
     )
     return {**by_gather, **seconds}
 
@@ -81,15 +92,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8)
     parser.add_argument("--orders", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread's CPU time, for a machine that is busy")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
 
+    always_take_fresh_pages()
     print(f"V = {arguments.vocab_size}, T = {arguments.length}, float64, {torch.get_num_threads()} threads")
     print("milliseconds, and in brackets the multiple of one copy of the table (f: forward, f+b: forward and backward)")
     print(f"{'eos':>4} {'k':>2} {'N':>11} {'copy':>8} {'f':>15} {'f+b':>15} {'gather f':>17} {'gather f+b':>17}")
     for eos in (None, 0, arguments.vocab_size // 2):
         space = SequenceSpace(arguments.vocab_size, arguments.length, eos)
         for order in arguments.orders:
-            seconds = measure(KGramPolicy(space, order), arguments.rounds)
+            seconds = measure(KGramPolicy(space, order), arguments.rounds, clock)
             cells = [
                 f"{1e3 * seconds[name]:.1f} ({seconds[name] / seconds['copy']:.1f}x)".rjust(width)
                 for name, width in (("forward", 15), ("both", 15), ("gather forward", 17), ("gather both", 17))

@@ -2,8 +2,8 @@
 
 K candidates are drawn i.i.d. from the reference, repeats allowed. Nothing is enumerated over tuples and nothing is
 sampled: :mod:`exo_toy.laplace` turns each expectation into a one-dimensional integral. Float64; differentiable any
-number of times with respect to the policy, the reference and the reward. Not in the paper, whose statements are about
-K tending to infinity.
+number of times with respect to the policy, the reference (as a table that stays normalised, so from its logits) and the
+reward. Not in the paper, whose statements are about K tending to infinity.
 """
 
 import torch

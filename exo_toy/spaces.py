@@ -281,8 +281,10 @@ def sum_over_trie(
         live, eos = _around_eos(space, tables[t])
         if order == 0:
             children = [below.unsqueeze(2)] * len(live)
+        elif space.eos is None:
+            children = [below.unflatten(1, (-1, n_live))]
         else:
-            children = list(below.unflatten(1, (-1, n_live)).split([entries.shape[-1] for entries in live], 2))
+            children = list(below.unflatten(1, (-1, n_live)).split([space.eos, n_live - space.eos], 2))
         if t < order:
             runs = [child.flatten(2) for child in children]
         else:

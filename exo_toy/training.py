@@ -96,7 +96,7 @@ def minimize(
         hessian = _hessian(policy, objective, vector)
         candidate = vector - np.linalg.pinv(hessian, rcond=FLAT, hermitian=True) @ gradient
         new_value, new_gradient = value_and_gradient(candidate)
-        if not np.abs(new_gradient).max() < np.abs(gradient).max() or new_value > value + 1e-9 * abs(value):
+        if not np.abs(new_gradient).max() < np.abs(gradient).max() or new_value > value + 1e-9 * max(1.0, abs(value)):
             break
         vector, value, gradient, hessian = candidate, new_value, new_gradient, None
     if certify and hessian is None:

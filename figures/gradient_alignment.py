@@ -1,6 +1,7 @@
 """Exact gradients of EXO-rw and DPO-rw against both divergences as K grows, and what sampling shows of them."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,9 +32,10 @@ coefficient, ||grad c|| / (K ||limit||). At the reference EXO-rw's cosine is 1 a
 
 CAPTION_SAMPLED = """\
 What sampling shows: the gradient of the loss averaged over as many draws of K candidates as a fixed number of
-completions per prompt allows, against the loss's own limit, on one problem (full table, far from the reference).
-Markers are medians over independent repetitions, bars hold the central 90 % of them. Lines are the exact expectation
-on the same problem: the sampled error stops falling at the sampling noise, the exact one goes on as 1/K.
+completions per prompt allows (stated below the axes), against the loss's own limit, on one problem (full table, far
+from the reference). Markers are medians over independent repetitions, bars hold the central 90 % of them. Lines are
+the exact expectation on the same problem: the sampled error stops falling at the sampling noise, the exact one goes
+on, the relative error as 1/K and 1 - cosine as its square.
 """
 
 
@@ -78,10 +80,10 @@ def _curves(ax: Axes, results: style.StoredResult, key: str, loss: str, quantity
         ax.plot(k, np.median(results.arrays[f"{key}.relative_coefficient"]) / k, **PREDICTED)
 
 
-PREDICTED = {"color": "black", "linewidth": 0.6, "linestyle": "-", "zorder": 4}
+PREDICTED: dict[str, Any] = {"color": "black", "linewidth": 0.6, "linestyle": "-", "zorder": 4}
 
 
-def _line(loss: str, *, own: bool) -> dict[str, object]:
+def _line(loss: str, *, own: bool) -> dict[str, Any]:
     look = LOSSES[loss]
     if own:
         return {**look.line(), "label": None}
@@ -91,13 +93,13 @@ def _line(loss: str, *, own: bool) -> dict[str, object]:
 
 def _legend() -> list[Line2D]:
     lines = [
-        Line2D([], [], **{**_line(loss, own=own), "label": f"{LABELS[loss]} against {TARGETS[target]}"})  # type: ignore[arg-type]
+        Line2D([], [], **{**_line(loss, own=own), "label": f"{LABELS[loss]} against {TARGETS[target]}"})
         for own in (True, False)
         for loss in LOSSES
         for target in TARGETS
         if (target == OWN_TARGET[loss]) == own
     ]
-    predicted = Line2D([], [], label=r"closed form $\|\nabla c\|\,/\,(K\,\|\nabla\mathrm{KL}\|)$", **PREDICTED)  # type: ignore[arg-type]
+    predicted = Line2D([], [], label=r"closed form $\|\nabla c\|\,/\,(K\,\|\nabla\mathrm{KL}\|)$", **PREDICTED)
     return [*lines, predicted]
 
 

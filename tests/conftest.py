@@ -21,7 +21,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.register_profile(
-    "nightly", deadline=None, max_examples=1000, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "nightly", deadline=None, max_examples=300, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -20,10 +20,17 @@ def log_sum_exp(values: Row) -> float:
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values))
 
 
+def below_max(values: Row) -> list[float]:
+    """Each value minus the largest: no softmax sees the shift, and small differences of large values keep digits."""
+    largest = max(values)
+    return [value - largest for value in values]
+
+
 def log_softmax(values: Row) -> list[float]:
     """Each value minus the log-sum-exp."""
-    total = log_sum_exp(values)
-    return [value - total for value in values]
+    shifted = below_max(values)
+    total = log_sum_exp(shifted)
+    return [value - total for value in shifted]
 
 
 def expectation(log_p: Row, values: Row) -> float:
@@ -110,17 +117,22 @@ def generalized_objective(log_pi: Row, log_ref: Row, reward: Row, beta_pi: float
 # Losses of one example
 
 
+def _log_sigmoids(margin: float) -> list[float]:
+    """log sigma(m) and log sigma(-m)."""
+    return [0.0, -math.inf] if margin == math.inf else log_softmax([margin, 0.0])
+
+
 def exo_rw(log_ratio: Row, rewards: Row, beta_pi: float, beta_r: float) -> float:
     """KL(p_f||p_r) over the candidates."""
-    log_p_f = log_softmax([beta_pi * value for value in log_ratio])
-    log_p_r = log_softmax([value / beta_r for value in rewards])
+    log_p_f = log_softmax([beta_pi * value for value in below_max(log_ratio)])
+    log_p_r = log_softmax([value / beta_r for value in below_max(rewards)])
     return kl(log_p_f, log_p_r)
 
 
 def dpo_rw(log_ratio: Row, rewards: Row, beta_pi: float, beta_r: float) -> float:
     """Cross-entropy -sum p_r log p_f over the candidates."""
-    log_p_f = log_softmax([beta_pi * value for value in log_ratio])
-    log_p_r = log_softmax([value / beta_r for value in rewards])
+    log_p_f = log_softmax([beta_pi * value for value in below_max(log_ratio)])
+    log_p_r = log_softmax([value / beta_r for value in below_max(rewards)])
     return -expectation(log_p_r, log_p_f)
 
 
@@ -133,7 +145,8 @@ def exo_pref(
     label_smoothing: float,
 ) -> float:
     """KL between (sigma(m), sigma(-m)) and (1 - eps, eps)."""
-    log_p_f = log_softmax([beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)])
+    margin = beta * math.fsum([policy_chosen, -ref_chosen, -policy_rejected, ref_rejected])
+    log_p_f = _log_sigmoids(margin)
     return kl(log_p_f, [math.log1p(-label_smoothing), math.log(label_smoothing)])
 
 
@@ -146,7 +159,8 @@ def dpo(
     label_smoothing: float,
 ) -> float:
     """-(1 - eps) log sigma(m) - eps log sigma(-m)."""
-    log_p_f = log_softmax([beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)])
+    margin = beta * math.fsum([policy_chosen, -ref_chosen, -policy_rejected, ref_rejected])
+    log_p_f = _log_sigmoids(margin)
     log_eps = math.log(label_smoothing) if label_smoothing > 0 else -math.inf
     return -expectation([math.log1p(-label_smoothing), log_eps], log_p_f)
 

@@ -174,7 +174,7 @@ def problems(
 
 
 @st.composite
-def candidates(draw: st.DrawFn, *, bound: float = 30.0, min_k: int = 1, holes: bool = False) -> Candidates:
+def candidates(draw: st.DrawFn, *, bound: float = 30.0, min_k: int = 2, holes: bool = False) -> Candidates:
     """Log ratios, rewards and a mask [B, K], B and K distinct; with ``holes``, -inf in log ratios and rewards."""
     n_candidates = draw(st.integers(min_k, 7))
     batch = draw(st.integers(1, 5).filter(lambda size: size != n_candidates))

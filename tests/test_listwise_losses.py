@@ -62,8 +62,8 @@ def test_agrees_with_the_oracle_without_a_mask(loss, oracle, drawn):
 def test_agrees_with_the_oracle_on_large_inputs(loss, oracle, drawn):
     value = loss(drawn.log_ratio, drawn.rewards, mask=drawn.mask, **drawn.temperatures)
     expected = by_oracle(oracle, drawn.log_ratio, drawn.rewards, drawn.mask, **drawn.temperatures)
-    # The oracle scales before it subtracts: its own rounding is 1e-16 of the largest scaled number.
-    assert_close(value, expected, scale=1e-2 * drawn.scale)
+    # Rounding is relative to the differences within a row, of which the loss is a multiple: no allowance for scale.
+    assert_close(value, expected)
 
 
 def test_infonca_of_four_candidates():
@@ -396,7 +396,7 @@ def test_a_masked_entry_gets_zero_gradient_even_where_the_loss_is_infinite():
 @both_losses
 @given(drawn=strategies.candidates(min_k=2), data=st.data())
 def test_masking_equals_leaving_out(loss, oracle, drawn, data):
-    kept = data.draw(st.lists(st.integers(0, drawn.mask.shape[1] - 1), min_size=1, unique=True))
+    kept = data.draw(st.lists(st.integers(0, drawn.mask.shape[1] - 1), min_size=2, unique=True))
     mask = torch.zeros_like(drawn.mask)
     mask[:, kept] = True
     value, *gradients = value_and_gradients(loss, drawn.log_ratio, drawn.rewards, mask=mask, **drawn.temperatures)
@@ -409,16 +409,14 @@ def test_masking_equals_leaving_out(loss, oracle, drawn, data):
 
 
 @both_losses
-def test_one_candidate_gives_exactly_zero(loss, oracle):
+def test_one_unmasked_candidate_gives_exactly_zero(loss, oracle):
     log_ratio, rewards = row(3.7, -1.0, 1e4), row(0.3, 55.0, -1e4)
     for kept in range(3):
         mask = torch.zeros(1, 3, dtype=torch.bool)
         mask[0, kept] = True
-        alone = slice(kept, kept + 1)
-        for arguments, masked in [((log_ratio, rewards), mask), ((log_ratio[:, alone], rewards[:, alone]), None)]:
-            value, *gradients = value_and_gradients(loss, *arguments, beta_pi=0.3, beta_r=0.7, mask=masked)
-            assert value.item() == 0.0
-            assert all((gradient == 0).all() for gradient in gradients)
+        value, *gradients = value_and_gradients(loss, log_ratio, rewards, beta_pi=0.3, beta_r=0.7, mask=mask)
+        assert value.item() == 0.0
+        assert all((gradient == 0).all() for gradient in gradients)
 
 
 @both_losses

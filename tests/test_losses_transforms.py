@@ -59,7 +59,7 @@ def test_func_grad_of_pair_losses(loss):
 @listwise
 @given(data=st.data())
 def test_vmap_of_list_losses_is_a_loop(loss, data):
-    n_outer, batch, n_candidates = data.draw(strategies.sizes(3))
+    n_outer, batch, n_candidates = data.draw(strategies.sizes(3, low=2))
     shape = (n_outer, batch, n_candidates)
     log_ratio, rewards = (data.draw(strategies.tensors(shape, -5.0, 5.0)) for _ in range(2))
     mask = data.draw(strategies.masks(shape))

@@ -40,6 +40,8 @@ def test_log_sum_exp_and_log_softmax():
     assert oracles.log_sum_exp([1000.0 + LOG2, 1000.0 + LOG3]) == near(1000 + LOG5)
     assert oracles.log_softmax([LOG2, LOG3]) == near([LOG2 - LOG5, LOG3 - LOG5])
     assert oracles.log_softmax([7.0, -INF]) == [0.0, -INF]
+    assert oracles.log_softmax([1e15 + 1, 1e15]) == oracles.log_softmax([1.0, 0.0])
+    assert oracles.below_max([3.0, 5.0, -INF]) == [-2.0, 0.0, -INF]
 
 
 def test_expectation():
@@ -148,6 +150,9 @@ def test_pair_losses():
     assert oracles.exo_pref(0.0, 0.0, LOG3, -LOG3, 0.5, 1 / 4) == near(LOG3 / 2)
     assert oracles.dpo(0.0, -INF, 0.0, 0.0, 1.0, 0.0) == 0.0
     assert oracles.dpo(0.0, -INF, 0.0, 0.0, 1.0, 0.1) == INF
+    assert oracles.dpo(-INF, 0.0, 0.0, 0.0, 1.0, 0.0) == INF
+    assert oracles.exo_pref(0.0, -INF, 0.0, 0.0, 1.0, 1 / 3) == near(LOG3 - LOG2)
+    assert oracles.exo_pref(-INF, 0.0, 0.0, 0.0, 1.0, 1 / 3) == near(LOG3)
 
 
 def test_expected_loss_over_two_completions():

@@ -250,16 +250,18 @@ def test_samples_come_from_the_generator_alone(policy_class):
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
 @both_policies
 def test_the_extreme_uniform_numbers_draw_possible_completions(policy_class, uniform, monkeypatch):
-    policy = policy_class(SequenceSpace(7, 1))
-    weights = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
+    policy = policy_class(SequenceSpace(24, 1))
+    logits = torch.tensor([-INF] + 22 * [0.0] + [-INF], dtype=torch.float64)
+    # As added up in floating point, these 22 equal probabilities stay below the largest uniform number.
+    assert logits.softmax(-1).cumsum(-1)[-1] < 1 - 2.0**-53
     for parameter in policy.parameters():
-        parameter.data = weights.log().reshape(parameter.shape)
+        parameter.data = logits.reshape(parameter.shape)
 
     def constant(shape, *, generator, dtype, device):
         return torch.full(shape, uniform, dtype=dtype, device=device)
 
     monkeypatch.setattr(torch, "rand", constant)
-    assert policy.sample(1).item() == (1 if uniform == 0 else 5)
+    assert policy.sample(1).item() == (1 if uniform == 0 else 22)
 
 
 # The closest k-gram policy

@@ -1,5 +1,6 @@
 """Exact minimisation and its certificate, and training on sampled candidates: closed forms, fixed points, errors."""
 
+import itertools
 import math
 from functools import partial
 
@@ -35,7 +36,9 @@ def randomised(policy: torch.nn.Module, generator: torch.Generator) -> torch.nn.
     return policy
 
 
-def problem(n_prompts: int = 2, vocab_size: int = 3, length: int = 2, seed: int = 0) -> tuple[SequenceSpace, Tensor, Tensor]:
+def problem(
+    n_prompts: int = 2, vocab_size: int = 3, length: int = 2, seed: int = 0
+) -> tuple[SequenceSpace, Tensor, Tensor]:
     """A space, a reference and rewards that differ between prompts."""
     generator = torch.Generator().manual_seed(seed)
     space = SequenceSpace(vocab_size, length)
@@ -54,7 +57,7 @@ def two_equal_modes(vocab_size: int, length: int) -> Tensor:
 # minimize
 
 
-@given(sequence_strategies.spaces(min_vocab=2, max_vocab=3, max_length=4), sequence_strategies.generators(), st.data())
+@given(sequence_strategies.spaces(min_vocab=2, max_vocab=3, max_length=3), sequence_strategies.generators(), st.data())
 def test_finds_the_closest_kgram(space, generator, data):
     order = data.draw(st.integers(0, min(2, space.length - 1)))
     log_p = sequence_strategies.normal((1, space.size), generator).log_softmax(-1)
@@ -69,7 +72,7 @@ def test_finds_the_closest_kgram(space, generator, data):
 
 @given(sequence_strategies.generators())
 def test_finds_the_target_of_a_full_table_for_every_prompt(generator):
-    space = SequenceSpace(2, 3)
+    space = SequenceSpace(2, 2)
     log_p = sequence_strategies.normal((3, space.size), generator).log_softmax(-1)
     policy = randomised(TabularPolicy(space, n_prompts=3), generator)
     optimum = minimize(policy, lambda log_pi: kl(log_pi, log_p))
@@ -169,7 +172,7 @@ def test_full_table_comes_to_the_optimal_policy(loss):
     """There the loss of every group of candidates is least, so that no noise is left: sampling does not blur it."""
     space, log_ref, reward = problem()
     policy = TabularPolicy(space, n_prompts=2)
-    trained(policy, log_ref, reward, loss, k=64, steps=1500, learning_rate=0.3)
+    trained(policy, log_ref, reward, loss, k=64, steps=500, learning_rate=0.5)
     log_pi_star, _ = optimal_policy(log_ref, reward, beta=BETAS["beta_pi"] * BETAS["beta_r"])
     torch.testing.assert_close(policy.log_probs(), log_pi_star, rtol=0, atol=1e-6)
 
@@ -236,7 +239,7 @@ def test_learning_rate_falls_along_a_cosine():
     )
     for _ in steps:
         positions.append(policy.log_ratio[0, 1].item())
-    moves = [after - before for before, after in zip(positions, positions[1:], strict=False)]
+    moves = [after - before for before, after in itertools.pairwise(positions)]
     assert moves == pytest.approx([0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)], rel=1e-6)
     assert policy.log_ratio[0, 0].item() == 0.0, "a completion outside the reference's support was drawn"
 
@@ -282,10 +285,12 @@ def test_generator_decides():
 
 
 def test_yields_the_loss_that_it_descended():
-    """At a constant reward and the reference every group's loss is zero; half way in it is not."""
+    """At a constant reward and the reference every group's loss is zero (Adam blows up what rounding leaves)."""
     log_ref = torch.full((1, 3), 1 / 3, dtype=torch.float64).log()
     policy = TabularPolicy(SequenceSpace(3, 1))
-    assert trained(policy, log_ref, torch.zeros(1, 3, dtype=torch.float64), exo_rw_loss) == pytest.approx([0.0] * 3)
+    assert trained(policy, log_ref, torch.zeros(1, 3, dtype=torch.float64), exo_rw_loss) == pytest.approx(
+        [0.0] * 3, abs=1e-9
+    )
     policy.logits.data[0, 0] = 2.0
     values = trained(policy, log_ref, torch.zeros(1, 3, dtype=torch.float64), exo_rw_loss, steps=200)
     assert values[0] > 0.1 and values[-1] < 1e-4

@@ -41,8 +41,8 @@ def exo_rw_loss(
         candidate instead if a finite gradient is needed).
 
     Raises:
-        ValueError: a wrong shape, dtype or temperature; a row without a candidate; NaN or +inf that is not masked; a
-            row whose log ratios or rewards are all -inf.
+        ValueError: a wrong shape, dtype or temperature; K below 2; a row without a candidate; NaN or +inf that is not
+            masked; a row whose log ratios or rewards are all -inf.
 
     Example:
         >>> exo_rw_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 1.0]]), beta_pi=0.5, beta_r=1.0)
@@ -84,12 +84,12 @@ def dpo_rw_loss(
 
     Returns:
         [B] in [0, inf], in the arguments' dtype (half types are computed in float32). At least the entropy of p_r,
-        reached where p_f = p_r; 0 for a row with one candidate; inf where a candidate with positive p_r has
+        reached where p_f = p_r; 0 for a row with one unmasked candidate; inf where a candidate with positive p_r has
         log ratio -inf (the gradient stays p_f - p_r).
 
     Raises:
-        ValueError: a wrong shape, dtype or temperature; a row without a candidate; NaN or +inf that is not masked; a
-            row whose log ratios or rewards are all -inf.
+        ValueError: a wrong shape, dtype or temperature; K below 2; a row without a candidate; NaN or +inf that is not
+            masked; a row whose log ratios or rewards are all -inf.
 
     Example:
         >>> dpo_rw_loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), beta_pi=0.5, beta_r=1.0)
@@ -108,6 +108,8 @@ def _candidate_log_probs(
     compute_dtype = torch.promote_types(torch.promote_types(log_ratio.dtype, rewards.dtype), torch.float32)
     checks.require_temperature(compute_dtype, beta_pi=beta_pi, beta_r=beta_r)
     checks.require_shape("B K", log_ratio=log_ratio, rewards=rewards)
+    if log_ratio.shape[-1] < 2:
+        raise ValueError(f"log_ratio must have K >= 2 candidates per row; got shape {list(log_ratio.shape)}")
     if mask is None:
         mask = torch.ones_like(log_ratio, dtype=torch.bool)
     else:
@@ -120,15 +122,13 @@ def _candidate_log_probs(
 
 
 def _below_max(values: Tensor, mask: Tensor) -> Tensor:
-    """Values minus the largest of their row that counts, 0 where masked.
+    """Values minus the largest of their row that counts.
 
     The softmax does not see the shift, hence neither does the gradient; but scaling the differences, not the values,
     keeps their digits and cannot overflow to inf - inf.
     """
-    if values.shape[-1] == 0:
-        return values
     largest = values.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(mask, values - largest, 0.0)
+    return values - largest
 
 
 def _check_values(log_ratio: Tensor, rewards: Tensor, mask: Tensor) -> None:
@@ -144,9 +144,11 @@ def _check_values(log_ratio: Tensor, rewards: Tensor, mask: Tensor) -> None:
         (empty, lambda: f"mask must keep at least one candidate per row; got all {row(~empty, empty)}"),
         (bad_ratio, lambda: f"log_ratio must be finite or -inf where unmasked; got {row(log_ratio, bad_ratio)}"),
         (bad_reward, lambda: f"rewards must be finite or -inf where unmasked; got {row(rewards, bad_reward)}"),
-        (no_ratio, lambda: f"log_ratio must be above -inf for a candidate of each row; got {row(~no_ratio, no_ratio)}"),
-        (
-            no_reward,
-            lambda: f"rewards must be above -inf for a candidate of each row; got {row(~no_reward, no_reward)}",
-        ),
+        (no_ratio, lambda: f"log_ratio must be above -inf for a candidate of each row; got {_whole_row(no_ratio)}"),
+        (no_reward, lambda: f"rewards must be above -inf for a candidate of each row; got {_whole_row(no_reward)}"),
     )
+
+
+def _whole_row(bad: Tensor) -> str:
+    """The first row [B] that holds only -inf, for an error message."""
+    return f"-inf throughout row {bad.nonzero()[0].item()}"
