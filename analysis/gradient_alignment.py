@@ -93,7 +93,7 @@ class Config:
 
 PRESETS = {
     "quick": Config(seeds=3, sampled_completions=2**14, sampled_largest_exponent=12, repetitions=20),
-    "default": Config(seeds=16, repetitions=80),
+    "default": Config(seeds=12, repetitions=60),
     "full": Config(),
 }
 

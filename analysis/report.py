@@ -1,5 +1,6 @@
 """Claims and results as text: the table of the terminal and ``paper_repro.md``."""
 
+import importlib
 from collections.abc import Iterable, Mapping
 
 from rich.console import Console
@@ -59,8 +60,9 @@ def render(outcomes: Mapping[Claim, Outcome], results: Results, preset: str, com
             )
         )
     lines += ["", "## Figures", ""]
-    for name in dict.fromkeys(claim.figure for claim in outcomes if claim.figure):
-        lines += [f"![{name}]({figures}/{name}.png)", ""]
+    for figure in dict.fromkeys(claim.figure for claim in outcomes if claim.figure):
+        for name, caption in importlib.import_module(f"figures.{figure}").CAPTIONS.items():
+            lines += [f"![{name}]({figures}/{name}.png)", "", _plain(caption), ""]
     lines += ["## Win rates of the paper, not run again", ""]
     lines += ["In per cent, the authors' figures. To run them again needs the data sets, the weights of the authors'"]
     lines += ["models and GPT-4 as a judge, none of which is part of this project (C15).", ""]
@@ -88,6 +90,11 @@ def _count(outcomes: Mapping[Claim, Outcome], verdict: Verdict) -> int:
 def _row(cells: Iterable[str]) -> list[str]:
     """A line of a Markdown table."""
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"]
+
+
+def _plain(text: str) -> str:
+    """Text on one line, its asterisks no markup."""
+    return " ".join(text.split()).replace("*", "\\*")
 
 
 def _code(names: str) -> str:

@@ -9,17 +9,18 @@ from matplotlib.axes import Axes
 
 from figures import style
 
-CAPTION = (
-    "Density ratio to the reference, ρ = π/π_ref, of π*_β and of k-gram policies trained with EXO-rw and DPO-rw on K "
-    "candidates (same number of samples for all), two planted modes on 4096 sequences, uniform reference. "
-    "Rows (a-c): one order k and K each. Four columns: ρ over the reward. Lines: exact, smoothed by a Gaussian "
-    "kernel (bandwidth 0.25). Markers: the estimate from M completions of the reference (self-normalised importance "
-    "weights, the same kernel; median of 200 independent draws of M, bars: 5 % to 95 %). No estimate can exceed M "
-    "(dotted). ESS: mean effective sample size of the M weights. (d-f) The same policies without smoothing or "
-    "sampling: ρ of every sequence, sorted by π*_β (ties by the drawn ratio), cut off below 1e-5; ranks 1 and 2, with "
-    "markers, are the two modes. "
-    "(g) Error of the estimate of row (a), mean |log ρ̂ − log ρ| over the policy's own rewards, median and 5 % to 95 %."
-)
+CAPTIONS = {
+    "density_ratio": """\
+Density ratio to the reference, ρ = π/π_ref, of π*_β and of k-gram policies trained with EXO-rw and DPO-rw on K
+candidates (same number of samples for all), two planted modes on 4096 sequences, uniform reference. Rows (a-c): one
+order k and K each. Four columns: ρ over the reward. Lines: exact, smoothed by a Gaussian kernel (bandwidth 0.25).
+Markers: the estimate from M completions of the reference (self-normalised importance weights, the same kernel; median
+over independent draws of M, bars: 5 % to 95 %). No estimate can exceed M (dotted). ESS: mean effective sample size of
+the M weights. (d-f) The same policies without smoothing or sampling: ρ of every sequence, sorted by π*_β (ties by the
+drawn ratio), cut off below 1e-5; ranks 1 and 2, with markers, are the two modes. (g) Error of the estimate of row
+(a), mean |log ρ̂ − log ρ| over the policy's own rewards, median and 5 % to 95 %.
+""",
+}
 METHODS = {"optimal": "optimal", "exo_rw": "exo", "dpo_rw": "dpo"}
 SHOWN_SIZES = 4
 # Bars and lines beyond are cut off.

@@ -21,22 +21,23 @@ CLASSES = {"table": "full table", "kgram": "bigram"}
 DISTANCES = {"reference": "at the reference", "near": "near", "far": "far"}
 ERROR_LIMITS = (1e-7, 5)
 
-CAPTION = """\
+CAPTIONS = {
+    "gradient_alignment": """\
 Exact expected gradients of the K-candidate losses (nothing is sampled) against the gradients of both KL divergences.
 Columns: the policy at the reference, near it and far from it, with the median KL(policy || reference) in nats over
 the problems. Lines are medians over random problems, bands their full range. Strong lines with filled markers: each
 loss against its own limit, for EXO-rw the gradient of KL(policy || optimal), for DPO-rw that of KL(optimal || policy).
 Faint dotted lines with hollow markers: the same loss against the other's limit. Thin black: the closed-form
 coefficient, ||grad c|| / (K ||limit||). At the reference EXO-rw's cosine is 1 at every K and its relative error 1/K.
-"""
-
-CAPTION_SAMPLED = """\
+""",
+    "gradient_alignment_sampled": """\
 What sampling shows: the gradient of the loss averaged over as many draws of K candidates as a fixed number of
 completions per prompt allows (stated below the axes), against the loss's own limit, on one problem (full table, far
 from the reference). Markers are medians over independent repetitions, bars hold the central 90 % of them. Lines are
 the exact expectation on the same problem: the sampled error stops falling at the sampling noise, the exact one goes
 on, the relative error as 1/K and 1 - cosine as its square.
-"""
+""",
+}
 
 
 def draw(results: style.StoredResult, out_dir: Path) -> list[Path]:

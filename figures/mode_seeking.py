@@ -9,16 +9,18 @@ from matplotlib.axes import Axes
 
 from figures import style
 
-CAPTION = (
-    "Mode-seeking and mean-seeking, exactly. (a) A bimodal optimal policy on a line and the discretised Gaussians "
-    "that minimise either KL divergence; thin: further local minima. (b-f) Two planted modes on sequences "
-    "of 6 tokens, uniform reference, k-gram policies. (b) Probability of the two modes (filled: the better, hollow: "
-    "the other) at the best local minimum of KL(π_θ||π*) found and at the minimiser of KL(π*||π_θ), against k. "
-    "(c) The KL divergence that RL minimises, at both minimisers, against β. (d) The same at the policies that "
-    "minimise the exactly expected EXO and DPO losses at K candidates (lines; k = 0), and at policies trained on "
-    "sampled candidates (markers: mean over seeds, bars: range), against the two limits. (e) Expected reward of the "
-    "same policies. (f) Their mode probabilities, EXO only, and its effective sample size per candidate."
-)
+CAPTIONS = {
+    "mode_seeking": """\
+Mode-seeking and mean-seeking, exactly. (a) A bimodal optimal policy on a line and the discretised Gaussians that
+minimise either KL divergence; thin: further local minima. (b-f) Two planted modes on sequences of 6 tokens, uniform
+reference, k-gram policies. (b) Probability of the two modes (filled: the better, hollow: the other) at the best local
+minimum of KL(π_θ||π*) found and at the minimiser of KL(π*||π_θ), against k. (c) The KL divergence that RL minimises,
+at both minimisers, against β. (d) The same at the policies that minimise the exactly expected EXO and DPO losses at K
+candidates (lines; k = 0), and at policies trained on sampled candidates (markers: mean over seeds, bars: range),
+against the two limits. (e) Expected reward of the same policies. (f) Their mode probabilities, EXO only, and its
+effective sample size per candidate.
+""",
+}
 ORDER_MARKERS = ("o", "s", "^", "D")
 FLOOR = 1e-6
 

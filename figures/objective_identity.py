@@ -30,15 +30,17 @@ LABELS = {
 HELD = {"color": "#0072B2", "linewidth": 0}
 BROKEN = {"facecolor": "#E8E8E8", "edgecolor": "#666666", "hatch": "/////", "linewidth": 0.5}
 
-CAPTION = """\
+CAPTIONS = {
+    "objective_identity": """\
 Digits to which the two sides of each exact identity agree, -log10 of the residual, over randomly drawn problems
 (spaces, prompts, policy classes, temperatures and rewards over more than two decades). Filled: the identity as
 stated. Hatched: the same problems with the temperature (for EXO-pref also the label smoothing) one per cent off on one
 side, which has to fail; it agrees only where the temperature hardly matters: a target that is a point mass, equal
 rewards. Bars of a row are shares of the problems; the last bin holds agreement to 16 digits or more, equality
-included. Right: the fewest digits of any problem, as stated. Residuals are relative to the sides or, where a side is a difference of larger terms, to the
-largest of these.
+included. Right: the fewest digits of any problem, as stated. Residuals are relative to the sides or, where a side is a
+difference of larger terms, to the largest of these.
 """
+}
 
 
 def draw(results: style.StoredResult, out_dir: Path) -> list[Path]:

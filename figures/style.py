@@ -1,9 +1,9 @@
 """How every figure looks, and what each reads and writes. Imports neither torch nor exo_toy.
 
-A figure is a module of this package with ``draw(results, out_dir)``, which returns the files it wrote. It has the
-name of the experiment that it reads. One method has one colour, one line style and one marker in all figures, so that
-any of the three tells it from the others: colours of Okabe and Ito, which the colour-blind can tell apart, spread in
-lightness for a print in grey.
+A figure is a module of this package with ``draw(results, out_dir)``, which returns the files it wrote, and with
+``CAPTIONS``, the text of each. It has the name of the experiment that it reads. One method has one colour, one line
+style and one marker in all figures, so that any of the three tells it from the others: colours of Okabe and Ito, which
+the colour-blind can tell apart, spread in lightness for a print in grey.
 """
 
 import argparse

@@ -65,6 +65,8 @@ FIGURE = """
 import matplotlib.pyplot as plt
 from figures import style
 
+CAPTIONS = {{"{name}": "Captioned *{name}*."}}
+
 
 def draw(results, out_dir):
     figure, axes = plt.subplots()

@@ -187,6 +187,7 @@ def test_figures_of_the_reported_run_lie_in_figures_itself():
     results = identities(3e-15)
     text = report.render({C1: judge(C1, results)}, results, "full", "exo-toy reproduce --full")
     assert "(figures/objective_identity.png)" in text
+    assert "Digits to which the two sides of each exact identity agree" in text
 
 
 def test_a_report_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
