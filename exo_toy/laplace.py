@@ -29,6 +29,9 @@ NODE_CHUNK = 256
 # is exact to float64 after 16 terms, also for x^3 exp(-x), and w <= 1 makes that relative to each sum.
 MOMENT_RANGE = 0.5
 N_MOMENTS = 16
+NEGLIGIBLE = (
+    -60.0
+)  # log of what is left of M^(K-1) at the last node; K (1 - M) M^(K-1), the ratio's bound, is no larger
 
 
 def expected_log_sum(log_w: Float[Tensor, "*X N"], log_p: Float[Tensor, "*X N"], *, k: int) -> Float[Tensor, "*X"]:
@@ -50,8 +53,9 @@ def expected_log_sum(log_w: Float[Tensor, "*X N"], log_p: Float[Tensor, "*X N"],
         8.0
     """
     log_w, log_p, shift = _normalise(log_w, log_p)
-    nodes = _nodes(log_w, k)
-    deviation = _kernel_sums(log_w, log_p.exp().unsqueeze(-1), nodes, (0,))[..., 0]
+    p = log_p.exp()
+    nodes = _nodes(log_w, p, k)
+    deviation = _kernel_sums(log_w, p.unsqueeze(-1), nodes, (0,))[..., 0]
     return shift + _integrate_log_sum(deviation, nodes, k)
 
 
@@ -79,8 +83,8 @@ def expected_log_sum_and_ratio(
     """
     g = g.masked_fill(log_p == -torch.inf, 0.0)
     log_w, log_p, shift = _normalise(log_w, log_p)
-    nodes = _nodes(log_w, k)
     p = log_p.exp()
+    nodes = _nodes(log_w, p, k)
     sums = _kernel_sums(log_w, torch.stack([p, p * g], -1), nodes, (0, 1))
     deviation, weighted = sums[..., 0], sums[..., 1]
     log_sum = shift + _integrate_log_sum(deviation, nodes, k)
@@ -97,11 +101,20 @@ def _normalise(log_w: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (log_w - shift.unsqueeze(-1)).masked_fill(outside, 0.0), log_p, shift
 
 
-def _nodes(log_w: Tensor, k: int) -> Tensor:
-    """Nodes u, exact multiples of the step, from where M^K is 1 to where M is 0, for all rows."""
+def _nodes(log_w: Tensor, p: Tensor, k: int) -> Tensor:
+    """Nodes u, exact multiples of the step, from where M^K is 1 to where it and exp(-t) are 0, for all rows."""
+    log_w, p = log_w.detach(), p.detach()
     low = math.floor((-math.log(k) - 45) / STEP)
-    high = math.ceil((5 - log_w.detach().min().item()) / STEP)
-    return torch.arange(low, high + 1, dtype=torch.float64, device=log_w.device) * STEP
+    # By bisection: M falls in u, from 1 to 0 at the latest where the smallest weight's exponential has.
+    first, last = math.ceil(4 / STEP), math.ceil((5 - log_w.min().item()) / STEP)
+    while first < last and k > 1:
+        middle = (first + last) // 2
+        log_transform = (p * torch.exp(-torch.exp((middle * STEP + log_w).clamp(max=7)))).sum(-1).log()
+        if ((k - 1) * log_transform < NEGLIGIBLE).all():
+            last = middle
+        else:
+            first = middle + 1
+    return torch.arange(low, last + 1, dtype=torch.float64, device=log_w.device) * STEP
 
 
 def _integrate_log_sum(deviation: Tensor, nodes: Tensor, k: int) -> Tensor:
@@ -183,15 +196,15 @@ def _tiled_sums(log_w: Tensor, a: Tensor, nodes: Tensor, orders: tuple[int, ...]
     for first in range(len(small), len(nodes), NODE_CHUNK):
         chunk = slice(first, first + NODE_CHUNK)
         for rows, columns in _tiles(log_w, len(nodes[chunk])):
-            for order, kernel in _kernels(log_w[rows, columns], nodes[chunk], orders):
-                channels = [i for i, wanted in enumerate(orders) if wanted == order]
+            for kernel, channels in _kernels(log_w[rows, columns], nodes[chunk], orders):
                 out[rows, chunk, channels] += kernel @ a[rows, columns, channels]
-    return out
+    return out * _signs(orders, out)
 
 
 def _tiled_adjoint(log_w: Tensor, c: Tensor, nodes: Tensor, orders: tuple[int, ...]) -> Tensor:
     """Forward of _KernelAdjoint."""
     small = _small_nodes(nodes)
+    c = c * _signs(orders, c)
     out = c.new_zeros(*log_w.shape, len(orders))
     coefficients = _series_coefficients(small, orders)
     series = torch.einsum("rmi,xmr->xir", coefficients, c[:, : len(small)])
@@ -200,10 +213,14 @@ def _tiled_adjoint(log_w: Tensor, c: Tensor, nodes: Tensor, orders: tuple[int, .
     for first in range(len(small), len(nodes), NODE_CHUNK):
         chunk = slice(first, first + NODE_CHUNK)
         for rows, columns in _tiles(log_w, len(nodes[chunk])):
-            for order, kernel in _kernels(log_w[rows, columns], nodes[chunk], orders):
-                channels = [i for i, wanted in enumerate(orders) if wanted == order]
+            for kernel, channels in _kernels(log_w[rows, columns], nodes[chunk], orders):
                 out[rows, columns, channels] += kernel.mT @ c[rows, chunk, channels]
     return out
+
+
+def _signs(orders: tuple[int, ...], like: Tensor) -> Tensor:
+    """[R]: (-1)^order, by which the kernels of :func:`_kernels` and the series differ from phi."""
+    return torch.tensor([(-1.0) ** order for order in orders], dtype=like.dtype, device=like.device)
 
 
 def _small_nodes(nodes: Tensor) -> Tensor:
@@ -212,14 +229,12 @@ def _small_nodes(nodes: Tensor) -> Tensor:
 
 
 def _series_coefficients(nodes: Tensor, orders: tuple[int, ...]) -> Tensor:
-    """[R, m, N_MOMENTS]: phi_j(t w) = sum_i c[m, i-1] w^i."""
+    """[R, m, N_MOMENTS]: (-1)^j phi_j(t w) = sum_i c[m, i-1] w^i."""
     powers = torch.arange(1, N_MOMENTS + 1, dtype=torch.float64, device=nodes.device)
     scaled = torch.exp(nodes.unsqueeze(-1) * powers)
     rows = []
     for order in orders:
-        series = [
-            (-1.0) ** (i - order) / math.factorial(i - order) if i >= order else 0.0 for i in range(1, N_MOMENTS + 1)
-        ]
+        series = [(-1.0) ** i / math.factorial(i - order) if i >= order else 0.0 for i in range(1, N_MOMENTS + 1)]
         rows.append(scaled * torch.tensor(series, dtype=torch.float64, device=nodes.device))
     return torch.stack(rows)
 
@@ -234,22 +249,24 @@ def _powers(log_w: Tensor) -> Tensor:
     return out
 
 
-def _kernels(log_w: Tensor, nodes: Tensor, orders: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Yield (order, phi_order [X, m, N]) in increasing order; the array is reused from one order to the next."""
-    # Beyond exp(7) every kernel is zero; the clamp keeps x^j finite. Products of t and w would overflow on wide
-    # spreads, sums of logarithms do not.
-    if nodes[-1] < 600:
-        x = (nodes.exp().unsqueeze(-1) * log_w.exp().unsqueeze(-2)).clamp_(max=math.exp(7))
+def _kernels(log_w: Tensor, nodes: Tensor, orders: tuple[int, ...]) -> Iterator[tuple[Tensor, slice | list[int]]]:
+    """Yield (-1)^j phi_j [X, m, N] for each order j, and where it stands in ``orders``; one array for all of them."""
+    # Products of t and w would overflow on wide spreads, sums of logarithms do not; beyond exp(7) every kernel is zero,
+    # and the clamp keeps the powers of x finite.
+    if nodes[-1] * max(1, *orders) < 600:
+        minus_x = -nodes.exp().unsqueeze(-1) * log_w.exp().unsqueeze(-2)
     else:
-        x = (nodes.unsqueeze(-1) + log_w.unsqueeze(-2)).clamp_(max=7).exp_()
-    kernel = torch.neg(x).expm1_()
-    if 0 in orders:
-        yield 0, kernel
-    kernel += 1
-    for order in range(1, max(orders) + 1):
-        kernel *= x
-        if order in orders:
-            yield order, kernel
+        minus_x = (nodes.unsqueeze(-1) + log_w.unsqueeze(-2)).clamp_(max=7).exp_().neg_()
+    kernel = torch.expm1(minus_x)
+    for order in range(max(orders) + 1):
+        if order == 1:
+            torch.addcmul(minus_x, minus_x, kernel, out=kernel)  # -x exp(-x) from expm1(-x)
+        elif order > 1:
+            kernel *= minus_x
+        channels = [i for i, wanted in enumerate(orders) if wanted == order]
+        if channels:
+            together = channels[-1] - channels[0] + 1 == len(channels)
+            yield kernel, slice(channels[0], channels[-1] + 1) if together else channels
 
 
 def _tiles(log_w: Tensor, nodes_per_tile: int) -> Iterator[tuple[slice, slice]]:

@@ -64,7 +64,12 @@ def assert_within(actual: Tensor, expected: Tensor, *, order: int, spread: float
 
 
 def over_tuples(kind: str, log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, k: int, **betas: float) -> Tensor:
-    """The expectation [X] of the loss that users call, over all N^K tuples; differentiable."""
+    """The expectation [X] of the loss that users call, over all N^K tuples; differentiable.
+
+    The losses refuse a single candidate, from which nothing can be learnt: there 0.
+    """
+    if k == 1:
+        return 0 * (log_pi + log_ref + reward).sum(-1)
     draws = torch.cartesian_prod(*[torch.arange(log_ref.shape[-1])] * k).reshape(-1, k)
     values = []
     for row_pi, row_ref, row_reward in zip(log_pi, log_ref, reward, strict=True):
@@ -543,7 +548,7 @@ def assert_falls_as_inverse_square(error: Callable[[int], float]) -> None:
     """
     envelope = max(k**2 * error(k) for k in (2**5, 2**6, 2**7))
     assert error(2**10) <= 4 * envelope / 2**20 + 1e-10
-    # And far under what a wrong coefficient is off by, a tenth and more: an envelope from small K alone could be anything.
+    # And far below what a wrong coefficient is off by, a tenth and more; an envelope from small K could be anything.
     assert error(2**10) <= 1e-3
 
 

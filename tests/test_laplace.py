@@ -232,7 +232,7 @@ def test_no_array_of_nodes_by_completions_is_ever_made_or_kept(monkeypatch, rows
     generator = torch.Generator().manual_seed(0)
     log_w, g, logits = (t.requires_grad_() for t in torch.randn(3, rows, n, generator=generator).double())
     log_p = logits.log_softmax(-1)
-    n_nodes = len(laplace._nodes(log_w.detach() - log_w.max(), 64))
+    n_nodes = len(laplace._nodes(log_w.detach() - log_w.max(), log_p.exp(), 64))
     saved = []
     with (
         LargestTensor() as made,
