@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from exo_toy import finite_k
+from exo_toy import checks, finite_k
 from exo_toy.divergences import kl_divergence
 from exo_toy.losses import dpo_loss, dpo_rw_loss, exo_rw_loss
 from exo_toy.objectives import (
@@ -74,6 +74,25 @@ def objective_identity(log_pi: Tensor, log_ref: Tensor, reward: Tensor, *, beta:
     .. math:: J_\beta(\pi) = \beta \log Z_\beta - \beta \, \mathrm{KL}(\pi \| \pi^*_\beta)
 
     Source: Ji et al., arXiv:2402.00856v4, section 2; Korbak et al., arXiv:2206.00761.
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, in nats.
+        log_ref: [..., N] of the reference.
+        reward: [..., N], finite, or -inf for a forbidden completion.
+        beta: strength of the KL penalty, above 0.
+
+    Returns:
+        Theorem with sides [...], in the unit of the reward; both -inf where the objective is.
+
+    Raises:
+        ValueError: what :func:`exo_toy.objectives.alignment_objective` or :func:`exo_toy.targets.optimal_policy`
+            refuses.
+
+    Example:
+        >>> pi, ref = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).double().log()
+        >>> reward = torch.tensor([0.0, 1.0])
+        >>> objective_identity(pi, ref, reward, beta=0.5).error < 1e-12
+        True
     """
     log_pi_star, log_z = optimal_policy(log_ref, reward, beta=beta)
     return Theorem(
@@ -92,6 +111,25 @@ def generalized_objective_identity(
         - \beta_r \, \mathrm{KL}(\pi^{\beta_\pi} \| \pi^*_{\beta_r})
 
     Source: Ji et al., arXiv:2402.00856v4, section 3.
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, in nats.
+        log_ref: [..., N] of the reference.
+        reward: [..., N], finite, or -inf for a forbidden completion.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [...], in the unit of the reward.
+
+    Raises:
+        ValueError: what :func:`exo_toy.objectives.generalized_objective` refuses.
+
+    Example:
+        >>> pi, ref = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).double().log()
+        >>> reward = torch.tensor([0.0, 1.0])
+        >>> generalized_objective_identity(pi, ref, reward, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     _, log_z = optimal_policy(log_ref, reward, beta=beta_r)
     return Theorem(
@@ -110,6 +148,26 @@ def generalized_gradient_identity(
         = -\beta_r \nabla_\theta \mathrm{KL}(\pi_\theta^{\beta_\pi} \| \pi^*_{\beta_r})
 
     Source: Ji et al., arXiv:2402.00856v4, section 3.
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite, or -inf for a forbidden completion.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [P], the gradients with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.objectives.generalized_objective` refuses.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.25, 0.75]).double().log(), torch.tensor([0.0, 1.0])
+        >>> generalized_gradient_identity(*problem, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     betas = {"beta_pi": beta_pi, "beta_r": beta_r}
     objective = generalized_objective(policy.log_probs(), log_ref, reward, **betas).mean()
@@ -130,6 +188,23 @@ def optimum_equivalence(log_ref: Tensor, reward: Tensor, *, beta_pi: float | int
     the target (tempering by 1/beta_pi) gives the right policy.
 
     Source: Ji et al., arXiv:2402.00856v4, section 3.
+
+    Args:
+        log_ref: [..., N] normalised log-probabilities of the reference, in nats.
+        reward: [..., N], finite, or -inf for a forbidden completion.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [2, ..., N], probabilities: the two directions.
+
+    Raises:
+        ValueError: what :func:`exo_toy.targets.optimal_policy` refuses.
+
+    Example:
+        >>> ref, reward = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0])
+        >>> optimum_equivalence(ref, reward, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     log_optimum, _ = optimal_policy(log_ref, reward, beta=beta_r * beta_pi)
     log_target, _ = optimal_policy(log_ref, reward, beta=beta_r)
@@ -154,6 +229,27 @@ def exo_rw_gradient_limit(
         \quad K \to \infty
 
     Source: Ji et al., arXiv:2402.00856v4, section 3 (EXO's theorem).
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [P], the gradients with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.finite_k.expected_exo_rw_loss` refuses.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.25, 0.75]).double().log(), torch.tensor([0.0, 1.0])
+        >>> exo_rw_gradient_limit(*problem, k=2**20, beta_pi=0.5, beta_r=2.0).error < 1e-5
+        True
     """
     betas = {"beta_pi": beta_pi, "beta_r": beta_r}
     loss = finite_k.expected_exo_rw_loss(policy.log_probs(), log_ref, reward, k=k, **betas).mean()
@@ -174,6 +270,27 @@ def dpo_rw_gradient_limit(
         \quad K \to \infty
 
     Source: Ji et al., arXiv:2402.00856v4, section 3 (DPO's theorem).
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [P], the gradients with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.finite_k.expected_dpo_rw_loss` refuses.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.25, 0.75]).double().log(), torch.tensor([0.0, 1.0])
+        >>> dpo_rw_gradient_limit(*problem, k=2**20, beta_pi=0.5, beta_r=2.0).error < 1e-5
+        True
     """
     betas = {"beta_pi": beta_pi, "beta_r": beta_r}
     loss = finite_k.expected_dpo_rw_loss(policy.log_probs(), log_ref, reward, k=k, **betas).mean()
@@ -195,6 +312,27 @@ def exo_rw_gradient_at_reference(
 
     Source: not in the paper. At the reference the candidate weights are uniform, and the expected sample covariance is
     (K-1)/K of the covariance. DPO-rw has no such property.
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [P], the gradients with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.finite_k.expected_exo_rw_loss` refuses.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.5, 0.5]).double().log(), torch.tensor([0.0, 1.0])
+        >>> exo_rw_gradient_at_reference(*problem, k=3, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     limit = exo_rw_gradient_limit(policy, log_ref, reward, k=k, beta_pi=beta_pi, beta_r=beta_r)
     return Theorem(limit.left, (k - 1) / k * limit.right, ("the policy is the reference", "K >= 2"))
@@ -211,6 +349,27 @@ def exo_rw_bias_rate(
     entry: the value; the rest: the gradient.
 
     Source: not in the paper; :func:`exo_toy.finite_k.exo_rw_bias_coefficient`.
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [1 + P]: K times the bias of the loss, then its gradient with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.finite_k.expected_exo_rw_loss` refuses.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.25, 0.75]).double().log(), torch.tensor([0.0, 1.0])
+        >>> exo_rw_bias_rate(*problem, k=2**10, beta_pi=0.5, beta_r=2.0).error < 1e-5
+        True
     """
     return _bias_rate(
         policy,
@@ -233,6 +392,27 @@ def dpo_rw_bias_rate(
     The left side is extrapolated once, as in :func:`exo_rw_bias_rate`.
 
     Source: not in the paper; :func:`exo_toy.finite_k.dpo_rw_bias_coefficient`.
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite where the reference is positive.
+        k: number of candidates, at least 1.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [1 + P]: K times the bias of the loss, then its gradient with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.finite_k.expected_dpo_rw_loss` refuses.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.25, 0.75]).double().log(), torch.tensor([0.0, 1.0])
+        >>> dpo_rw_bias_rate(*problem, k=2**10, beta_pi=0.5, beta_r=2.0).error < 1e-5
+        True
     """
 
     def limit(log_pi: Tensor, **betas: float | int) -> Tensor:
@@ -265,8 +445,29 @@ def dpo_bradley_terry_identity(
     with l the DPO loss. First the values, then the gradients. The left side goes over all N^2 pairs.
 
     Source: Ji et al., arXiv:2402.00856v4, section 3, states it for hard labels; Rafailov et al., arXiv:2305.18290.
+
+    Args:
+        policy: as in :mod:`exo_toy.policies`, X prompts.
+        log_ref: [X, N] or [N] normalised log-probabilities of the reference, in nats.
+        reward: [X, N] or [N], finite.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [1 + P]: the expected loss, then its gradient with respect to all parameters.
+
+    Raises:
+        ValueError: what :func:`exo_toy.losses.dpo_loss` and :func:`exo_toy.finite_k.expected_dpo_rw_loss` refuse.
+
+    Example:
+        >>> from exo_toy import policies, spaces
+        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
+        >>> problem = policy, torch.tensor([0.25, 0.75]).double().log(), torch.tensor([0.0, 1.0])
+        >>> dpo_bradley_terry_identity(*problem, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
-    log_pi, log_ref_table, reward_table = torch.broadcast_tensors(policy.log_probs(), log_ref, reward)
+    tables = checks.as_tables(log_pi=policy.log_probs(), log_ref=log_ref, reward=reward)
+    log_pi, log_ref_table, reward_table = torch.broadcast_tensors(*tables)
     x, n = log_pi.shape
     first, second = (pair.flatten() for pair in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
 
@@ -297,6 +498,23 @@ def exo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float
     Both sides with respect to the log ratios [B, K], where :math:`\nabla f_i` is beta_pi.
 
     Source: differentiate KL(p_f || p_r); the normalisers drop out because the score has mean zero.
+
+    Args:
+        log_ratio: [B, K] log policy minus log reference of each candidate, in nats, finite.
+        rewards: [B, K], finite.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [B, K].
+
+    Raises:
+        ValueError: what :func:`exo_toy.losses.exo_rw_loss` refuses.
+
+    Example:
+        >>> log_ratio, rewards = torch.tensor([[0.0, 1.0, 3.0]]).double(), torch.tensor([[2.0, 0.0, 1.0]]).double()
+        >>> exo_rw_sample_gradient(log_ratio, rewards, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     f = beta_pi * log_ratio
     p_f, h = f.softmax(-1), f - rewards / beta_r
@@ -316,6 +534,23 @@ def dpo_rw_sample_gradient(log_ratio: Tensor, rewards: Tensor, *, beta_pi: float
     Both sides with respect to the log ratios [B, K], where :math:`\nabla f_i` is beta_pi.
 
     Source: differentiate the cross-entropy.
+
+    Args:
+        log_ratio: [B, K] log policy minus log reference of each candidate, in nats, finite.
+        rewards: [B, K], finite.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [B, K].
+
+    Raises:
+        ValueError: what :func:`exo_toy.losses.dpo_rw_loss` refuses.
+
+    Example:
+        >>> log_ratio, rewards = torch.tensor([[0.0, 1.0, 3.0]]).double(), torch.tensor([[2.0, 0.0, 1.0]]).double()
+        >>> dpo_rw_sample_gradient(log_ratio, rewards, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     p_f, p_r = (beta_pi * log_ratio).softmax(-1), (rewards / beta_r).softmax(-1)
     return Theorem(
@@ -336,6 +571,23 @@ def group_baseline_gradient(
     sides with respect to the log-probabilities of the candidates [B, K].
 
     Source: not in the paper; set f = 0 in :func:`exo_rw_sample_gradient`. RLOO: Ahmadian et al., arXiv:2402.14740.
+
+    Args:
+        log_ratio: [B, K] log policy minus log reference of each candidate, in nats, finite.
+        rewards: [B, K], finite.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+
+    Returns:
+        Theorem with sides [B, K].
+
+    Raises:
+        ValueError: what :func:`exo_toy.losses.exo_rw_loss` refuses.
+
+    Example:
+        >>> log_ratio, rewards = torch.zeros(1, 3).double(), torch.tensor([[2.0, 0.0, 1.0]]).double()
+        >>> group_baseline_gradient(log_ratio, rewards, beta_pi=0.5, beta_r=2.0).error < 1e-12
+        True
     """
     k = log_ratio.shape[-1]
     return Theorem(
@@ -354,7 +606,23 @@ def tabular_gradients(log_pi: Tensor, log_pi_star: Tensor) -> Theorem:
     Left: automatic differentiation with respect to the logits; right: the closed forms; stacked [2, ..., N].
 
     Source: the score of a softmax is 1[y=z] - pi(z).
+
+    Args:
+        log_pi: [..., N] normalised log-probabilities of the policy, in nats, float64.
+        log_pi_star: [..., N] of the optimal policy, positive everywhere.
+
+    Returns:
+        Theorem with sides [2, ..., N].
+
+    Raises:
+        ValueError: what :func:`exo_toy.divergences.kl_divergence` refuses.
+
+    Example:
+        >>> pi, star = torch.tensor([[0.25, 0.75], [0.125, 0.875]]).double().log()
+        >>> tabular_gradients(pi, star).error < 1e-12
+        True
     """
+    log_pi, log_pi_star = checks.as_tables(log_pi=log_pi, log_pi_star=log_pi_star)
     logits = log_pi.detach().clone().requires_grad_()
     log_policy = torch.log_softmax(logits, -1)
     automatic = [
