@@ -390,7 +390,7 @@ CLAIMS = (
     ),
     Claim(
         "C5",
-        "EXO's gradient tends to that of KL(π_θ^{β_π}‖π*_{β_r}), which is −∇J/β_r, for any parametrisation",
+        "(T1) EXO's gradient tends to that of KL(π_θ^{β_π}‖π*_{β_r}), which is −∇J/β_r, for any parametrisation",
         "Section 3, theorem on EXO's gradient",
         function="exo_toy.theorems.exo_rw_gradient_limit",
         test="tests/test_theorems.py",
@@ -423,7 +423,7 @@ CLAIMS = (
     ),
     Claim(
         "C8",
-        "DPO extends to soft targets over K candidates (DPO-rw); loss and gradient tend to those of "
+        "(T2) DPO extends to soft targets over K candidates (DPO-rw); loss and gradient tend to those of "
         "KL(π*_{β_r}‖π_θ^{β_π})",
         "Section 3, DPO with rewards",
         function="exo_toy.theorems.dpo_rw_gradient_limit",

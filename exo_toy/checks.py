@@ -114,8 +114,8 @@ def as_tables(**tables: Tensor) -> tuple[Tensor, ...]:
     first_name, first = next(iter(tables.items()))
     batched_name, batched = next(((n, t) for n, t in tables.items() if t.ndim > 1), (first_name, first))
     for name, table in tables.items():
-        if table.ndim == 0 or table.shape[-1] == 0:
-            raise ValueError(f"{name} must be a table [..., N] with N >= 1; got shape {list(table.shape)}")
+        if table.ndim == 0 or table.numel() == 0:
+            raise ValueError(f"{name} must be a table [..., N] with no dimension of 0; got shape {list(table.shape)}")
         if table.shape[-1] != first.shape[-1]:
             raise ValueError(
                 f"{name} must have as many completions (last dimension) as {first_name}, {first.shape[-1]}; "

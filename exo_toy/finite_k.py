@@ -2,8 +2,8 @@
 
 K candidates are drawn i.i.d. from the reference, repeats allowed. Nothing is enumerated over tuples and nothing is
 sampled: :mod:`exo_toy.laplace` turns each expectation into a one-dimensional integral. Float64; differentiable any
-number of times with respect to the policy, the reference (as a table that stays normalised, so from its logits) and the
-reward. Not in the paper, whose statements are about K tending to infinity.
+number of times by autograd (not by torch.func) with respect to the policy, the reference (as a table that stays
+normalised, so from its logits) and the reward. Not in the paper, whose statements are about K tending to infinity.
 """
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from exo_toy import checks, laplace
 from exo_toy.logspace import expectation
+
+MOST_SPREAD = 1e5
 
 
 def expected_exo_rw_loss(
@@ -43,11 +45,12 @@ def expected_exo_rw_loss(
         beta_r: reward temperature, above 0.
 
     Returns:
-        [...] float64, at least 0 up to rounding; 0 at K = 1.
+        [...] float64, at least 0, and 0 at K = 1, up to rounding.
 
     Raises:
         ValueError: shapes that do not match, tables that are not normalised, log_pi or reward not finite where the
-            reference is positive, a temperature not above 0, k below 1.
+            reference is positive, a temperature not above 0 or so extreme that scaled values spread over more than
+            1e5 nats, k below 1.
 
     Example:
         >>> log_pi, log_ref = torch.tensor([0.1, 0.2, 0.3, 0.4]).log(), torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
@@ -89,11 +92,12 @@ def expected_dpo_rw_loss(
         beta_r: reward temperature, above 0.
 
     Returns:
-        [...] float64, at least 0 up to rounding; 0 at K = 1.
+        [...] float64, at least 0, and 0 at K = 1, up to rounding.
 
     Raises:
         ValueError: shapes that do not match, tables that are not normalised, log_pi or reward not finite where the
-            reference is positive, a temperature not above 0, k below 1.
+            reference is positive, a temperature not above 0 or so extreme that scaled values spread over more than
+            1e5 nats, k below 1.
 
     Example:
         >>> log_pi, log_ref = torch.tensor([0.1, 0.2, 0.3, 0.4]).log(), torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
@@ -146,8 +150,8 @@ def exo_rw_bias_coefficient(
     log_rho, log_rho_star, log_ref = _log_density_ratios(log_pi, log_ref, reward, beta_pi, beta_r)
     rho, h = log_rho.exp(), log_rho - log_rho_star
     h_mean = expectation(log_ref, rho * h).unsqueeze(-1)
-    covariance = expectation(log_ref, rho * (rho - 1) * (h - h_mean))
-    return (_variance(rho, log_ref) - _variance(log_rho_star.exp(), log_ref)) / 2 - covariance
+    covariance = expectation(log_ref, rho * log_rho.expm1() * (h - h_mean))
+    return (_variance(log_rho, log_ref) - _variance(log_rho_star, log_ref)) / 2 - covariance
 
 
 def dpo_rw_bias_coefficient(
@@ -190,8 +194,8 @@ def dpo_rw_bias_coefficient(
     log_rho, log_rho_star, log_ref = _log_density_ratios(log_pi, log_ref, reward, beta_pi, beta_r)
     rho_star = log_rho_star.exp()
     mean = expectation(log_ref, rho_star * log_rho).unsqueeze(-1)
-    covariance = expectation(log_ref, rho_star * (rho_star - 1) * (log_rho - mean))
-    return covariance - _variance(log_rho.exp(), log_ref) / 2
+    covariance = expectation(log_ref, rho_star * log_rho_star.expm1() * (log_rho - mean))
+    return covariance - _variance(log_rho, log_ref) / 2
 
 
 def _log_weights(
@@ -205,7 +209,10 @@ def _log_weights(
     rewards = reward.masked_fill(outside, 0.0)
     # Neither loss sees a constant added to f or to the reward; taking maxima off before scaling keeps shifts exact.
     f = beta_pi * (log_ratio - _max_over(log_ratio, outside))
-    return f, (rewards - _max_over(rewards, outside)) / beta_r, log_ref
+    scaled_reward = (rewards - _max_over(rewards, outside)) / beta_r
+    _require_spread("beta_pi", "log ratios", beta_pi, f.masked_fill(outside, 0.0))
+    _require_spread("beta_r", "rewards", beta_r, scaled_reward.masked_fill(outside, 0.0))
+    return f, scaled_reward, log_ref
 
 
 def _log_density_ratios(
@@ -235,11 +242,21 @@ def _finite_tables(
     return log_pi, log_ref, reward
 
 
+def _require_spread(name: str, what: str, beta: float | int, scaled: Tensor) -> None:
+    """The quadrature needs a node for every quarter of a nat between the largest and the smallest."""
+    spread = -scaled.detach().min().item()
+    if not spread <= MOST_SPREAD:
+        raise ValueError(
+            f"{name} must leave the {what} spread over at most {MOST_SPREAD:.0e} nats once scaled; "
+            f"got {beta!r}, over {spread:.3g} nats"
+        )
+
+
 def _max_over(values: Tensor, outside: Tensor) -> Tensor:
     """Maximum over the reference's support, kept as a last dimension, without gradient."""
     return values.detach().masked_fill(outside, -torch.inf).amax(-1, keepdim=True)
 
 
-def _variance(values: Tensor, log_ref: Tensor) -> Tensor:
+def _variance(log_rho: Tensor, log_ref: Tensor) -> Tensor:
     """Variance under the reference of a density ratio, whose mean is 1."""
-    return expectation(log_ref, (values - 1) ** 2)
+    return expectation(log_ref, log_rho.expm1() ** 2)

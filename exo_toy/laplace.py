@@ -29,9 +29,8 @@ NODE_CHUNK = 256
 # is exact to float64 after 16 terms, also for x^3 exp(-x), and w <= 1 makes that relative to each sum.
 MOMENT_RANGE = 0.5
 N_MOMENTS = 16
-NEGLIGIBLE = (
-    -60.0
-)  # log of what is left of M^(K-1) at the last node; K (1 - M) M^(K-1), the ratio's bound, is no larger
+# Log of what is left of M^(K-1) at the last node; the ratio's integrand, K (1 - M) M^(K-1) at most, is no larger.
+NEGLIGIBLE = -60.0
 
 
 def expected_log_sum(log_w: Float[Tensor, "*X N"], log_p: Float[Tensor, "*X N"], *, k: int) -> Float[Tensor, "*X"]:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from exo_toy import checks
 
+MOST_DRAWS = 2**53
+
 
 def optimal_policy(
     log_ref: Float[Tensor, "*#X N"], reward: Float[Tensor, "*#X N"], *, beta: float | int
@@ -37,14 +39,15 @@ def optimal_policy(
     log_ref, reward = checks.as_tables(log_ref=log_ref, reward=reward)
     checks.require_log_probabilities(log_ref=log_ref)
     checks.require_rewards(reward)
-    log_weight = log_ref + reward / beta
-    log_z = log_weight.logsumexp(-1)
-    empty = log_z.detach() == -torch.inf
+    # The policy does not see a constant added to the reward; taking the largest off first keeps its digits.
+    largest = reward.detach().masked_fill(log_ref == -torch.inf, -torch.inf).amax(-1, keepdim=True)
+    empty = largest == -torch.inf
     checks.require_values(
         [empty],
         (empty, lambda: "reward must be above -inf for a completion of positive reference probability; got only -inf"),
     )
-    return log_weight - log_z.unsqueeze(-1), log_z
+    log_weight = log_ref + (reward - largest) / beta
+    return log_weight.log_softmax(-1), log_weight.logsumexp(-1) + largest.squeeze(-1) / beta
 
 
 def tempered_policy(
@@ -90,7 +93,11 @@ def tempered_policy(
         [log_pi.detach(), log_ref.detach()],
         (disjoint, lambda: "log_pi must be above -inf on a completion where log_ref is; got disjoint supports"),
     )
-    log_weight = beta_pi * log_pi.masked_fill(zero, 0.0) + (1 - beta_pi) * log_ref.masked_fill(zero, 0.0)
+    log_ref = log_ref.masked_fill(zero, 0.0)
+    log_ratio = log_pi.masked_fill(zero, 0.0) - log_ref
+    # Scaled as a difference to the largest, which the normalisation does not see, and which cannot overflow to NaN.
+    largest = log_ratio.detach().masked_fill(zero, -torch.inf).amax(-1, keepdim=True)
+    log_weight = log_ref + beta_pi * (log_ratio - largest)
     return torch.log_softmax(log_weight.masked_fill(zero, -torch.inf), -1)
 
 
@@ -121,6 +128,8 @@ def best_of_n(log_ref: Float[Tensor, "*#X N"], reward: Float[Tensor, "*#X N"], *
         tensor([0.1600, 0.3300, 0.3200, 0.1900], dtype=torch.float64)
     """
     checks.require_integer("n", n, at_least=1)
+    if n > MOST_DRAWS:
+        raise ValueError(f"n must be at most 2**53, the integers that float64 tells apart; got {n}")
     log_ref, reward = checks.as_tables(log_ref=log_ref, reward=reward)
     checks.require_log_probabilities(log_ref=log_ref)
     checks.require_rewards(reward)

@@ -345,8 +345,8 @@ def test_bad_tables_are_refused_by_name(kind):
         (torch.tensor([0.0, INF]), "log_q must hold normalised log-probabilities"),
         (torch.full((2,), -INF), "log_q must hold normalised log-probabilities"),
         (log_table(0.2, 0.3, 0.5), "as many completions (last dimension) as log_p, 2; got shape [3]"),
-        (torch.tensor(0.0), "log_q must be a table [..., N] with N >= 1; got shape []"),
-        (torch.zeros(3, 0), "log_q must be a table [..., N] with N >= 1; got shape [3, 0]"),
+        (torch.tensor(0.0), "log_q must be a table [..., N] with no dimension of 0; got shape []"),
+        (torch.zeros(3, 0), "log_q must be a table [..., N] with no dimension of 0; got shape [3, 0]"),
         (torch.tensor([0, 1]), "log_q must have a floating-point dtype; got torch.int64"),
         ([0.5, 0.5], "log_q must be a torch.Tensor; got list"),
     ]:

@@ -670,3 +670,17 @@ def test_bad_tables_are_refused_by_name(name):
     assert call(LOG_PI.expand(2, 4), LOG_REF, REWARD.expand(3, 4)) == words
     assert call(LOG_PI, LOG_REF, REWARD.long()) == "reward must have a floating-point dtype; got torch.int64"
     assert call(LOG_PI, LOG_REF, REWARD.tolist()) == "reward must be a torch.Tensor; got list"
+
+
+@pytest.mark.unchecked
+@both
+@pytest.mark.parametrize(("name", "beta_pi", "beta_r"), [("beta_pi", 1e9, 1.0), ("beta_r", 1.0, 1e-9)])
+def test_spreads_beyond_the_quadrature_are_refused(kind, name, beta_pi, beta_r):
+    with pytest.raises(ValueError, match=f"^{name} must leave the .* spread over at most 1e\\+05 nats"):
+        EXPECTED[kind](LOG_PI, LOG_REF, REWARD, k=4, beta_pi=beta_pi, beta_r=beta_r)
+
+
+@pytest.mark.unchecked
+def test_no_prompts_are_refused():
+    with pytest.raises(ValueError, match=r"log_pi must be a table .* got shape \[0, 4\]"):
+        expected_exo_rw_loss(LOG_PI.expand(0, 4), LOG_REF, REWARD, k=4, **BETAS)

@@ -151,3 +151,29 @@ def test_misplaced_parentheses_blind_to_the_label(loss, eps):
         right = loss(chosen, rejected, ref_chosen, ref_rejected, beta=1.0, label_smoothing=eps).losses
         wrong = loss(rejected, chosen, ref_rejected, ref_chosen, beta=1.0, label_smoothing=eps).losses
         assert torch.sign(right - wrong).item() == -math.copysign(1, margin) * (margin != 0)
+
+
+@LISTWISE
+def test_number_of_candidates_read_from_the_first_example(loss):
+    """K was taken from the first row of a batch, so that longer rows were cut and shorter ones padded with nonsense."""
+    log_ratio = double([0.1, -0.2, math.nan, math.nan], [0.5, 0.0, -1.0, 2.0], [1.0, 2.0, 0.3, math.nan])
+    rewards = double([1.0, 0.0, math.nan, math.nan], [0.0, 1.0, 2.0, -1.0], [0.5, 0.0, 1.0, math.nan])
+    mask = ~log_ratio.isnan()
+    together = loss(log_ratio, rewards, beta_pi=0.7, beta_r=0.9, mask=mask)
+    for row, count in enumerate((2, 4, 3)):
+        alone = loss(log_ratio[row : row + 1, :count], rewards[row : row + 1, :count], beta_pi=0.7, beta_r=0.9)
+        assert_close(together[row : row + 1], alone)
+
+
+@PAIRWISE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_computation_that_nothing_reads(loss, dtype):
+    """A switch to compute in float32 was offered and read by nothing: differences were rounded in the model's dtype."""
+    logps = [torch.tensor([value], dtype=dtype) for value in (-200.0, -201.0, -100.0, -101.0)]
+    logps[2] = torch.tensor([-100.0 - 1 / 64], dtype=torch.float32)
+    shifted = loss(*logps, beta=1.0)
+    exact = loss(*(value.double() for value in logps), beta=1.0)
+    # 1/64 is lost when -100 - 1/64 is rounded to a half type, not when the difference is.
+    assert shifted.losses.dtype == dtype
+    assert torch.equal(shifted.losses, exact.losses.to(dtype))
+    assert exact.chosen_rewards.item() == -100.0 + 1 / 64

@@ -429,3 +429,30 @@ def test_tables_are_checked_by_name():
     assert message_of(lambda: optimal_policy(batch, REWARD.expand(2, 4), beta=1.0)) == words
     words = "reward must have a floating-point dtype; got torch.int64"
     assert message_of(lambda: best_of_n(LOG_REF, REWARD.long(), n=2)) == words
+
+
+def test_a_shift_of_the_rewards_moves_log_z_alone():
+    generator = torch.Generator().manual_seed(0)
+    log_ref = torch.randn(5, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
+    # Multiples of 2^-20: adding a million to them rounds nothing.
+    reward = torch.randint(-(2**20), 2**20, (5, 7), generator=generator).double() / 2**20
+    for beta in (0.001, 0.1, 10.0):
+        log_pi, log_z = optimal_policy(log_ref, reward, beta=beta)
+        for shift in (1000.0, 2.0**20):
+            shifted_pi, shifted_z = optimal_policy(log_ref, reward + shift, beta=beta)
+            assert torch.equal(shifted_pi, log_pi)
+            torch.testing.assert_close(shifted_z, log_z + shift / beta, rtol=1e-15, atol=0)
+
+
+def test_extreme_temperatures_have_their_limits():
+    log_ref, reward = torch.tensor([0.2, 0.3, 0.5]).double().log(), torch.tensor([0.0, 2.0, 1.0]).double()
+    assert optimal_policy(log_ref, reward, beta=1e-308)[0].exp().tolist() == [0.0, 1.0, 0.0]
+    log_pi = torch.tensor([0.3, 0.3, 0.4]).double().log()
+    assert tempered_policy(log_pi, log_ref, beta_pi=1e308).exp().tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.unchecked
+def test_more_draws_than_float64_can_count():
+    log_ref, reward = torch.tensor([0.5, 0.5]).double().log(), torch.tensor([0.0, 1.0]).double()
+    with pytest.raises(ValueError, match=r"n must be at most 2\*\*53.*got"):
+        best_of_n(log_ref, reward, n=2**100)

@@ -619,3 +619,16 @@ def test_worked_example_of_the_gradient_theorems():
     assert kl_optimal_to_policy(policy.log_probs(), log_ref, reward, **betas).item() == pytest.approx(
         0.1533032986215301, rel=1e-14
     )
+
+
+def test_sides_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"right must have the shape of left, \[3\]; got \[1\]"):
+        Theorem(torch.zeros(3), torch.zeros(1), ())
+
+
+def test_parameter_gradient_leaves_frozen_parameters_out_and_gives_unused_ones_zero():
+    policy = KGramPolicy(SequenceSpace(2, 2), 0)
+    policy.logits[0].requires_grad_(False)
+    assert parameter_gradient(policy.logits[1][0, 0, 0] * 3.0, policy).tolist() == [3.0, 0.0]
+    policy.logits[0].requires_grad_(True)
+    assert parameter_gradient(policy.logits[1][0, 0, 0] * 3.0, policy).tolist() == [0.0, 0.0, 3.0, 0.0]

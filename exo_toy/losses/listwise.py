@@ -37,8 +37,8 @@ def exo_rw_loss(
 
     Returns:
         [B] in [0, inf], in the arguments' dtype (half types are computed in float32). 0 where p_f = p_r and for a
-        row with one candidate; inf where p_f gives a forbidden candidate positive probability (mask such a
-        candidate instead if a finite gradient is needed).
+        row with one unmasked candidate; inf where p_f gives a forbidden candidate positive probability: such a row has
+        no gradient (NaN), mask the candidate instead.
 
     Raises:
         ValueError: a wrong shape, dtype or temperature; K below 2; a row without a candidate; NaN or +inf that is not
@@ -85,7 +85,7 @@ def dpo_rw_loss(
     Returns:
         [B] in [0, inf], in the arguments' dtype (half types are computed in float32). At least the entropy of p_r,
         reached where p_f = p_r; 0 for a row with one unmasked candidate; inf where a candidate with positive p_r has
-        log ratio -inf (the gradient stays p_f - p_r).
+        log ratio -inf (the gradient with respect to f stays p_f - p_r).
 
     Raises:
         ValueError: a wrong shape, dtype or temperature; K below 2; a row without a candidate; NaN or +inf that is not
@@ -96,7 +96,7 @@ def dpo_rw_loss(
         tensor([0.6931])
     """
     log_p_f, log_p_r = _candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask)
-    loss = -logspace.expectation(log_p_r, log_p_f)
+    loss = logspace.expectation(log_p_r, -log_p_f)
     return loss.to(torch.promote_types(log_ratio.dtype, rewards.dtype))
 
 
