@@ -42,7 +42,8 @@ def effective_sample_size(log_weight: Float[Tensor, "*X M"]) -> Float[Tensor, "*
 
     .. math:: \frac{(\sum_i w_i)^2}{\sum_i w_i^2}
 
-    Source: Kong, 1992; for EXO's candidates w is the density ratio of the policy to the reference.
+    Source: Kong, A Note on Importance Sampling using Standardized Weights, 1992. For EXO's candidates w is the density
+    ratio of the policy to the reference.
 
     Args:
         log_weight: [..., M], finite or -inf; a constant added to a row changes nothing.

@@ -59,7 +59,10 @@ class TabularPolicy(nn.Module):
         self.logits = nn.Parameter(torch.zeros(n_prompts, space.size, dtype=torch.float64))
 
     def log_probs(self) -> Float64[Tensor, "X N"]:
-        """[X, N] log-probability of every completion, in nats; -inf where the logit is.
+        """Log-probability of every completion, in nats.
+
+        Returns:
+            [X, N] float64, log-sum-exp 0 in each row; -inf where the logit is.
 
         Raises:
             ValueError: a prompt whose logits define no distribution (NaN, +inf, or -inf throughout).
@@ -67,7 +70,13 @@ class TabularPolicy(nn.Module):
         return _log_softmax("logits", self.logits)
 
     def log_prob(self, tokens: Int[Tensor, "M T"]) -> Float64[Tensor, "X M"]:
-        """[X, M] log-probability of given completions for every prompt, in nats.
+        """Log-probability of given completions for every prompt, in nats.
+
+        Args:
+            tokens: [M, T] completions, as :meth:`SequenceSpace.tokens` has them.
+
+        Returns:
+            [X, M] float64.
 
         Raises:
             ValueError: ``tokens`` are not completions of the space, or not [M, T].
@@ -77,11 +86,17 @@ class TabularPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Int64[Tensor, "X n T"]:
-        """[X, n, T] independent completions of every prompt, drawn by inversion of the distribution function.
+        """Independent completions of every prompt, drawn by inversion of the distribution function.
 
         Args:
             n: how many per prompt, at least 1.
             generator: where the randomness comes from; None for torch's default generator.
+
+        Returns:
+            [X, n, T] int64 tokens.
+
+        Raises:
+            ValueError: n below 1; logits that define no distribution.
         """
         checks.require_integer("n", n, at_least=1)
         return self.space.tokens(_draw(self.log_probs(), n, generator))
@@ -125,19 +140,37 @@ class KGramPolicy(nn.Module):
         self.logits = nn.ParameterList(nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes)
 
     def log_probs(self) -> Float64[Tensor, "X N"]:
-        """[X, N] log-probability of every completion, in nats; -inf where a logit on its path is.
+        """Log-probability of every completion, in nats.
+
+        Returns:
+            [X, N] float64, log-sum-exp 0 in each row; -inf where a logit on the path is.
 
         Raises:
             ValueError: a space too large for its memory budget; a context whose logits define no distribution (NaN,
                 +inf, or -inf throughout).
+
+        Example:
+            >>> KGramPolicy(SequenceSpace(2, 2), 0).log_probs().exp().tolist()
+            [[0.25, 0.25, 0.25, 0.25]]
         """
         return sum_over_trie(self.space, self._conditionals(), order=self.order)
 
     def log_prob(self, tokens: Int[Tensor, "M T"]) -> Float64[Tensor, "X M"]:
-        """[X, M] log-probability of given completions for every prompt, in nats; enumerates nothing.
+        """Log-probability of given completions for every prompt, in nats; enumerates nothing.
+
+        Args:
+            tokens: [M, T] completions, as :meth:`SequenceSpace.tokens` has them.
+
+        Returns:
+            [X, M] float64.
 
         Raises:
             ValueError: ``tokens`` are not completions of the space, or not [M, T]; logits that define no distribution.
+
+        Example:
+            >>> policy = KGramPolicy(SequenceSpace(10, 50), 1)
+            >>> round(policy.log_prob(torch.zeros(1, 50, dtype=torch.int64)).item() / -math.log(10), 9)
+            50.0
         """
         _require_rows(self.space, tokens)
         tokens = tokens.to(torch.int64)
@@ -152,11 +185,17 @@ class KGramPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Int64[Tensor, "X n T"]:
-        """[X, n, T] independent completions of every prompt, drawn token by token; enumerates nothing.
+        """Independent completions of every prompt, drawn token by token; enumerates nothing.
 
         Args:
             n: how many per prompt, at least 1.
             generator: where the randomness comes from; None for torch's default generator.
+
+        Returns:
+            [X, n, T] int64 tokens, filled with the eos after the end.
+
+        Raises:
+            ValueError: n below 1; logits that define no distribution.
         """
         checks.require_integer("n", n, at_least=1)
         prompt = torch.arange(self.n_prompts, device=self.logits[0].device).unsqueeze(-1)

@@ -13,7 +13,13 @@ from exo_toy import checks, logspace
 
 
 class PreferenceLoss(NamedTuple):
-    """Losses [B] and the implicit rewards beta * (policy - reference) [B] of either completion, detached."""
+    """What a loss on pairs returns, one entry per example.
+
+    Attributes:
+        losses: [B].
+        chosen_rewards: [B] implicit rewards, beta times the log ratio of the chosen completion, in nats; detached.
+        rejected_rewards: [B] the same of the rejected one.
+    """
 
     losses: Tensor
     chosen_rewards: Tensor
