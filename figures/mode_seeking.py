@@ -15,10 +15,10 @@ Mode-seeking and mean-seeking, exactly. (a) A bimodal optimal policy on a line a
 minimise either KL divergence; thin: further local minima. (b-f) Two planted modes on sequences of 6 tokens, uniform
 reference, k-gram policies. (b) Probability of the two modes (filled: the better, hollow: the other) at the best local
 minimum of KL(π_θ||π*) found and at the minimiser of KL(π*||π_θ), against k. (c) The KL divergence that RL minimises,
-at both minimisers, against β. (d) The same at the policies that minimise the exactly expected EXO and DPO losses at K
-candidates (lines; k = 0), and at policies trained on sampled candidates (markers: mean over seeds, bars: range),
-against the two limits. (e) Expected reward of the same policies. (f) Their mode probabilities, EXO only, and its
-effective sample size per candidate.
+at both minimisers, against β (hollow: the best found, but not certified as a minimum). (d) The same at the policies
+that minimise the exactly expected EXO and DPO losses at K candidates (lines; k = 0), and at policies trained on
+sampled candidates (markers: mean over seeds, bars: range), against the two limits. (e) Expected reward of the same
+policies. (f) Their mode probabilities, EXO only, and its effective sample size per candidate.
 """,
 }
 ORDER_MARKERS = ("o", "s", "^", "D")
@@ -91,6 +91,12 @@ def _against_beta(ax: Axes, numbers: dict[str, Any]) -> None:
             look = style.METHODS[name]
             line = look.line(marker=ORDER_MARKERS[order], label=look.label if order == 0 else None)
             ax.plot(betas, [max(pick(case)["kl_policy_to_optimal"], FLOOR) for case in cases], **line)
+            if name == "reverse_kl":
+                stiff = [case for case in cases if case["certified"] and not pick(case)["is_minimum"]]
+                hollow = {**line, "linestyle": "none", "markerfacecolor": "white", "label": None}
+                ax.plot(
+                    [case["beta"] for case in stiff], [pick(case)["kl_policy_to_optimal"] for case in stiff], **hollow
+                )
         ax.plot([], [], color="0.4", marker=ORDER_MARKERS[order], linestyle="none", label=f"k = {order}")
     ax.set(
         xscale="log",
@@ -102,7 +108,8 @@ def _against_beta(ax: Axes, numbers: dict[str, Any]) -> None:
     ticks = sorted({case["beta"] for case in numbers["capacity"]})
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.legend(fontsize=6)
+    ax.set_ylim(bottom=1e-6)
+    ax.legend(fontsize=6, loc="lower right", ncol=2)
 
 
 def _against_k(ax: Axes, numbers: dict[str, Any], limits: dict[str, Any], quantity: str) -> None:

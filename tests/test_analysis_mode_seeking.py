@@ -98,6 +98,15 @@ def test_fixed_point_is_stationary_for_the_loss_over_all_pairs(name, loss):
     assert found["mode_masses"] == pytest.approx(measured["mode_masses"], rel=1e-6)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_best_minimiser_is_at_least_as_good_as_the_other_divergence_s(order):
+    found = mode_seeking.local_minimisers(order=order, starts=0, certify=True, seed=0, **TWO_MODES)
+    best, other = found["policy_to_optimal"][0], found["optimal_to_policy"]
+    assert best["is_minimum"]
+    assert best["kl_policy_to_optimal"] <= other["kl_policy_to_optimal"] + 1e-12
+    assert other["kl_optimal_to_policy"] <= best["kl_optimal_to_policy"] + 1e-12
+
+
 def test_saturated_policy_is_no_minimum():
     problem = mode_seeking.two_modes(**SMALL)
     policy = mode_seeking.KGramPolicy(problem.space, 0)
