@@ -8,7 +8,6 @@ turns in one process; medians over the rounds after a warm-up.
 import argparse
 import math
 import resource
-import statistics
 import time
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.policies import medians
 from exo_toy import laplace
 from exo_toy.finite_k import expected_exo_rw_loss
 
@@ -66,17 +66,6 @@ def plain_loss(log_pi: Tensor, log_ref: Tensor, reward: Tensor, k: int, beta_pi:
     return expected_h - log_sum_w + log_sum_v
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate over rounds in which all take turns, after one round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds + 1):
-        for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
-
-
 def measure(n: int, k: int, rounds: int, *, plain: bool) -> dict[str, float]:
     """Seconds of the floor and of forward and forward + backward by either implementation."""
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +87,7 @@ def measure(n: int, k: int, rounds: int, *, plain: bool) -> dict[str, float]:
     if plain:
         torch.testing.assert_close(ours(), theirs(), rtol=1e-10, atol=1e-10)
         candidates |= {"plain forward": theirs, "plain both": lambda: torch.autograd.grad(theirs(), log_pi)}
-    return medians(candidates, rounds)
+    return medians(candidates, rounds, time.perf_counter)
 
 
 def main() -> None:
