@@ -40,13 +40,14 @@ def optimal_policy(
     checks.require_log_probabilities(log_ref=log_ref)
     checks.require_rewards(reward)
     # The policy does not see a constant added to the reward; taking the largest off first keeps its digits.
-    largest = reward.detach().masked_fill(log_ref == -torch.inf, -torch.inf).amax(-1, keepdim=True)
+    outside = log_ref == -torch.inf
+    largest = reward.detach().masked_fill(outside, -torch.inf).amax(-1, keepdim=True)
     empty = largest == -torch.inf
     checks.require_values(
         [empty],
         (empty, lambda: "reward must be above -inf for a completion of positive reference probability; got only -inf"),
     )
-    log_weight = log_ref + (reward - largest) / beta
+    log_weight = log_ref + (reward - largest).masked_fill(outside, 0.0) / beta
     return log_weight.log_softmax(-1), log_weight.logsumexp(-1) + largest.squeeze(-1) / beta
 
 

@@ -447,6 +447,9 @@ def test_a_shift_of_the_rewards_moves_log_z_alone():
 def test_extreme_temperatures_have_their_limits():
     log_ref, reward = torch.tensor([0.2, 0.3, 0.5]).double().log(), torch.tensor([0.0, 2.0, 1.0]).double()
     assert optimal_policy(log_ref, reward, beta=1e-308)[0].exp().tolist() == [0.0, 1.0, 0.0]
+    # The largest reward where the reference is zero: it counts nothing, and its overflow makes no NaN.
+    without = torch.tensor([0.5, 0.0, 0.5]).double().log()
+    assert optimal_policy(without, 10 * reward, beta=1e-308)[0].exp().tolist() == [0.0, 0.0, 1.0]
     log_pi = torch.tensor([0.3, 0.3, 0.4]).double().log()
     assert tempered_policy(log_pi, log_ref, beta_pi=1e308).exp().tolist() == [1.0, 0.0, 0.0]
 

@@ -1,7 +1,7 @@
 """Preference losses on log ratios and log-probabilities of candidates: per example, no reduction.
 
-Nothing here knows a sequence space, a policy or a model; torch is all it needs. Shapes: B examples, K candidates.
-Log-probabilities are sums over the tokens of a completion, in nats.
+Nothing here knows a sequence space, a policy or a model; torch is all it needs, besides jaxtyping for the
+annotations. Shapes: B examples, K candidates. Log-probabilities are sums over the tokens of a completion, in nats.
 
 * :func:`exo_rw_loss`, :func:`dpo_rw_loss`: K candidates with rewards.
 * :func:`exo_pref_loss`, :func:`dpo_loss`: chosen and rejected pairs.
