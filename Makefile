@@ -40,8 +40,10 @@ reproduce-full: $(INSTALLED)
 	$(BIN)/exo-toy reproduce --full
 
 bench: $(INSTALLED)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.finite_k
+	$(BIN)/python -m benchmarks.kernels
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation --wheel

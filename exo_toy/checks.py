@@ -28,6 +28,13 @@ def values_are_readable(*tensors: Tensor) -> bool:
     return True
 
 
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a tensor is inside a ``torch.func`` transform; never so while compiling, where it cannot be asked."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors if x is not None)
+
+
 def require_values(tensors: Iterable[Tensor], *conditions: tuple[Tensor, Callable[[], str]]) -> None:
     """Raise the message of the first condition that holds anywhere; one device synchronisation in all."""
     if not values_are_readable(*tensors):
@@ -82,6 +89,29 @@ def require_floating(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must have a floating-point dtype; got {tensor.dtype}")
+
+
+def require_labels(labels: Tensor) -> None:
+    """A tensor of integers."""
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor of an integer dtype; got {got}")
+
+
+def labels_outside(labels: Tensor, n_vocab: Tensor | int, ignore_index: int) -> Tensor:
+    """Where a label is neither a token nor ignored."""
+    return (labels != ignore_index) & ((labels < 0) | (labels >= n_vocab))
+
+
+def labels_message(labels: Tensor, outside: Tensor, n_vocab: Tensor | int, ignore_index: int) -> str:
+    """What to say of them."""
+    allowed = f"labels must be in [0, {int(n_vocab)}) (V tokens) or ignore_index, {ignore_index}"
+    return f"{allowed}; got {first_bad(labels, outside)}"
 
 
 def require_mask(**tensors: Tensor) -> None:

@@ -134,6 +134,7 @@ def test_public_names_are_exported():
         "objectives": ["alignment_objective", "generalized_objective"],
         "finite_k": ["expected_exo_rw_loss", "expected_dpo_rw_loss", "exo_rw_bias_coefficient"],
         "policies": ["KGramPolicy", "TabularPolicy"],
+        "kernels": ["linear_logps", "selective_logps", "sequence_logps", "candidate_log_ratios"],
     }
     for module, names in contract.items():
         path = LIBRARY / module / "__init__.py" if (LIBRARY / module).is_dir() else LIBRARY / f"{module}.py"
