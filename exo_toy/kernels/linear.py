@@ -95,8 +95,9 @@ def linear_logps(
             transform), "tiled" (any device), "triton" (CUDA). By default Triton on CUDA where it is installed, the
             reference inside ``torch.func`` transforms, otherwise tiled.
         group: process group over which the vocabulary is sharded. Each rank passes the same hidden and labels, its
-            own rows of weight and bias (any number, in rank order), and gets the full results and the full gradient
-            of hidden.
+            own rows of weight and bias (at least one, in rank order), and gets the full results and the full gradient
+            of hidden. Arguments must be valid on all ranks: one that refuses its own leaves the others waiting. In a
+            group of more than two, sums over the ranks may differ in their last bits with the place of a row.
 
     Returns:
         [...] in [-inf, 0] up to rounding, float32 (float64 for float64 inputs); 0 at ignored labels. With
@@ -167,6 +168,11 @@ def _check(
     """Shapes, dtypes, devices and numbers; labels' values are looked at where the rows are counted."""
     checks.require_floating(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     checks.require_labels(labels)
+    for name, tensor in {"hidden": hidden, "weight": weight, "bias": bias}.items():
+        if hasattr(tensor, "full_tensor"):  # importing DTensor to ask takes half a second
+            raise ValueError(
+                f"{name} must be a plain tensor; got a DTensor: pass its full_tensor(), or its to_local() with group"
+            )
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight must have shape [V, d] with V at least 1; got {list(weight.shape)}")
     if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:

@@ -83,7 +83,7 @@ def forward(
         memory = logits.new_empty(min(tile.block, rows.padded) * tile.columns, dtype=sums)
         for block in rows.blocks:
             for start in range(0, logits.shape[1], tile.columns):
-                z = _copy(logits, rows, block, start, tile, memory)
+                z = _tile(logits, rows, block, start, tile, memory, passes)
                 row_pass.observe(z, targets[block] - start, None, shape, seen.of(block))
         log_total = seen.total.log()
         logps = rows.scatter(seen.label - seen.shift() - log_total, sums)
@@ -117,13 +117,12 @@ def backward(
         memory = logits.new_empty(min(tile.block, rows.padded) * tile.columns, dtype=lse.dtype)
         for block in rows.blocks:
             for start in range(0, logits.shape[1], tile.columns):
-                z = _copy(logits, rows, block, start, tile, memory)
-                row_pass.differentiate(z, targets[block] - start, None, shape, lse[block], g[block], None, None, z)
+                z = _tile(logits, rows, block, start, tile, memory, passes)
                 columns = gradient[:, start : start + tile.columns]
-                if rows.index is None:
-                    columns[block] = z
-                else:
-                    columns.index_copy_(0, rows.index[block], z.to(gradient.dtype))
+                out = columns[block] if rows.index is None else piece(memory, *z.shape)
+                row_pass.differentiate(z, targets[block] - start, None, shape, lse[block], g[block], None, None, out)
+                if rows.index is not None:
+                    columns.index_copy_(0, rows.index[block], out.to(gradient.dtype))
     return gradient
 
 
@@ -132,10 +131,12 @@ def _(grad_logps, logits, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _copy(logits: Tensor, rows: Rows, block: slice, start: int, tile: Tile, memory: Tensor) -> Tensor:
-    """A tile of logits, in the dtype of sums: the row passes overwrite it."""
+def _tile(logits: Tensor, rows: Rows, block: slice, start: int, tile: Tile, memory: Tensor, passes: str) -> Tensor:
+    """A tile of logits to work on: a copy in the dtype of sums, but for Triton, which writes to outputs alone."""
     columns = logits[:, start : start + tile.columns]
     part = columns[block] if rows.index is None else columns[rows.index[block]]
+    if passes == "triton" and part.stride(1) == 1:
+        return part
     return piece(memory, *part.shape).copy_(part)
 
 

@@ -117,7 +117,7 @@ def forward(
                     row_pass.rescale(*head.of(block), *moved)
                     head.add(block, w, tile.rows)
                 elif weights is not None:
-                    kept_maxima[step, block] = here.shift()
+                    kept_maxima[step, block] = here.maximum
 
         seen, moved = sharded.combine(seen, group)
         log_total = seen.total.log()
@@ -245,7 +245,7 @@ def backward(
             sum_hidden = slopes[: rows.padded] * g.unsqueeze(1)
             if g_entropy is not None:
                 sum_hidden.addcmul_(entropy_slopes[: rows.padded], g_entropy.unsqueeze(1))
-            sharded.add_up(sum_hidden, group)
+            sharded.add_up(sum_hidden[: rows.n_live], group)
             return rows.scatter(sum_hidden, hidden.dtype), grad_weight, grad_bias
 
         targets = rows.vector(labels - rows.first, -1)
@@ -297,7 +297,7 @@ def backward(
             if sum_bias is not None:
                 grad_bias[start:stop] = sum_bias
         if want_hidden:
-            sharded.add_up(sum_hidden, group)
+            sharded.add_up(sum_hidden[: rows.n_live], group)
             grad_hidden = rows.scatter(sum_hidden, hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 
