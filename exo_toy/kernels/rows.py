@@ -59,9 +59,10 @@ def logits_(tile: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
 def slope(logits: Tensor, shape: Shape) -> Tensor:
     """J = ∂logit/∂product, of the logits' shape or none."""
     if shape.softcap is None:
-        return logits.new_tensor(1.0 / shape.temperature)
+        return logits.new_full((), 1.0 / shape.temperature)
     tanh = logits * (shape.temperature / shape.softcap)
-    return (1.0 - tanh.square_()) / shape.temperature
+    # Rounded, the square can pass 1.
+    return (1.0 - tanh.square_()).clamp_(min=0.0) / shape.temperature
 
 
 def observe(

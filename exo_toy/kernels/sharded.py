@@ -29,10 +29,10 @@ def place(weight: Tensor, group: str | None) -> tuple[Tensor | int, Tensor | int
     return sizes[:rank].sum(), sizes.sum()
 
 
-def combine(seen: Statistics, group: str | None) -> tuple[Statistics, tuple[Tensor, Tensor]]:
+def combine(seen: Statistics, group: str | None) -> tuple[Statistics, tuple[Tensor, Tensor] | None]:
     """Statistics of all slices, and what this rank's own sums are rescaled by (see ``rows.rescale``)."""
     if group is None:
-        return seen, (torch.zeros_like(seen.total), torch.ones_like(seen.total))
+        return seen, None
     ranks = process_group(group)
     maximum = seen.maximum.clone()
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group=ranks)

@@ -119,14 +119,15 @@ def forward(
                 elif weights is not None:
                     kept_maxima[step, block] = here.maximum
 
-        seen, moved = sharded.combine(seen, group)
+        seen, to_all = sharded.combine(seen, group)
         log_total = seen.total.log()
         logps = rows.scatter(seen.label - seen.shift() - log_total, sums)
         lse = rows.scatter(seen.shift() + log_total, sums)
         if seen.moment is not None:
             entropies = rows.scatter(log_total - seen.moment / seen.total, sums)
         if head is not None:
-            row_pass.rescale(*head.of(slice(0, rows.padded)), *moved)
+            if to_all is not None:
+                row_pass.rescale(*head.of(slice(0, rows.padded)), *to_all)
             head.finish(weight, targets, shape, seen, tile.rows)
     return logps, entropies, lse, kept, kept_maxima, slopes, entropy_slopes
 

@@ -63,8 +63,10 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """What products take. A product of half types with a float32 result exists on CUDA alone."""
-    return hidden.dtype if hidden.is_cuda else accumulator_dtype(hidden.dtype)
+    """What products take. Products of half types into float32 sums exist on CUDA alone, and were not always there."""
+    if hidden.is_cuda and torch.__version__ >= (2, 13):
+        return hidden.dtype
+    return accumulator_dtype(hidden.dtype)
 
 
 def storage_dtype(hidden: Tensor) -> torch.dtype:
