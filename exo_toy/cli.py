@@ -15,7 +15,7 @@ import exo_toy
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 # What each command imports beyond the library's own dependencies, and the extra that brings it.
-EXPERIMENTS = {"joblib": "experiments", "rich": "experiments"}
+EXPERIMENTS = {"joblib": "experiments", "rich": "experiments", "transformers": "experiments"}
 FIGURES = {"matplotlib": "figures", "seaborn": "figures"}
 NEEDS = {"verify": EXPERIMENTS, "figures": FIGURES, "reproduce": EXPERIMENTS | FIGURES}
 

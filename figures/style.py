@@ -2,8 +2,9 @@
 
 A figure is a module of this package with ``draw(results, out_dir)``, which returns the files it wrote, and with
 ``CAPTIONS``, the text of each. It has the name of the experiment that it reads. One method has one colour, one line
-style and one marker in all figures, so that any of the three tells it from the others: colours of Okabe and Ito, which
-the colour-blind can tell apart, spread in lightness for a print in grey.
+style and one marker in all figures, so that any of the three tells it from the others: colours of Okabe and Ito and,
+for ways of computing the same, of Paul Tol, which the colour-blind can tell apart, spread in lightness for a print in
+grey.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from analysis.storage import StoredResult, load
 
 __all__ = ["METHODS", "Look", "StoredResult", "draw_all", "folder", "load", "main", "save", "theme"]
 
-FIGURES = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio")
+FIGURES = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio", "lm_step")
 # Width of a column and of a page of a two-column paper, in inches.
 COLUMN, PAGE = 3.25, 6.75
 
@@ -56,6 +57,9 @@ METHODS = {
     "best_of_n": Look("best of n", "#CC79A7", (0, (5, 1)), "P"),
     "reverse_kl": Look(r"min $\mathrm{KL}(\pi_\theta\|\pi^*)$", "#56B4E9", "-", "<"),
     "forward_kl": Look(r"min $\mathrm{KL}(\pi^*\|\pi_\theta)$", "#D55E00", "--", ">"),
+    "naive": Look("naive: logits, log-softmax", "#CC6677", "--", "s"),
+    "selective": Look("selective: logits", "#DDCC77", "-.", "^"),
+    "kernel": Look("kernel: no logits", "#332288", "-", "o"),
 }
 
 RC = {

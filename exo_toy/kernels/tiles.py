@@ -64,7 +64,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
     """What products take. Products of half types into float32 sums exist on CUDA alone, and were not always there."""
-    if hidden.is_cuda and torch.__version__ >= (2, 13):
+    if hidden.is_cuda and torch.__version__ >= "2.13":
         return hidden.dtype
     return accumulator_dtype(hidden.dtype)
 
