@@ -17,7 +17,7 @@ LIBRARY = ROOT / "exo_toy"
 FLOORS = {
     0: {"checks", "logspace"},
     1: {"divergences", "kernels", "laplace", "losses", "spaces"},
-    2: {"policies", "rewards", "targets"},
+    2: {"policies", "reviews", "rewards", "targets"},
     3: {"automata", "estimators", "finite_k", "objectives"},
     4: {"theorems", "training"},
     5: {"audit", "integrations", "lab", "plots", "testing"},
