@@ -75,8 +75,8 @@ def linear_logps(
 
     Half-precision inputs: products in the input dtype, sums in float32 (float64 inputs stay in float64). Ignored rows
     are dropped before the first product; counting the others is the one host synchronisation of a pass. The results
-    are deterministic, and a row's result does not depend on how many others there are (for this, the number of rows is
-    rounded up to 512 on a CPU, 2048 on CUDA). Second derivatives come from the reference implementation, at its cost.
+    are deterministic, and a row's result does not depend on how many others there are (for this, rows are padded to a
+    multiple of 64 on a CPU, of 2048 on CUDA). Second derivatives come from the reference implementation, at its cost.
 
     Source: the streaming log-sum-exp of Milakov and Gimelshein, arXiv:1805.02867; gradients by differentiating it.
 

@@ -10,8 +10,7 @@ The backward needs each tile's probabilities again, and has them in one of three
 * keep, 3: tiles of exp(z − m) J that fit in ``save_budget`` bytes are kept, m the maximum when the tile was seen;
 * recompute, 4: only log Σ exp z is kept.
 
-Products over rows always have the same number of rows (the last ones are padded with zeros), so that a row's result
-does not depend on how many others there are.
+Rows are padded with zeros, so that a row's result does not depend on how many others there are.
 """
 
 from collections.abc import Iterator
@@ -96,7 +95,7 @@ def forward(
         seen = Statistics.empty(hidden, rows.padded, sums, entropy)
         targets = rows.vector(labels - rows.first, -1)
         blocks = rows.matrix_blocks(hidden, dtype, tile)
-        size = len(blocks[0]) * tile.columns
+        size = len(blocks[0]) * min(tile.columns, len(weight))
         memory = hidden.new_empty(size, dtype=sums)
         head = FrozenHead(slopes, entropy_slopes, memory, dtype) if frozen else None
 
@@ -256,7 +255,7 @@ def backward(
         at_label = g * rows_torch.slope(rows.vector(logps, 0.0) + rows.vector(lse, 0.0), shape)
         blocks = rows.matrix_blocks(hidden, dtype, tile)
         sum_hidden = hidden.new_zeros(rows.padded if want_hidden else 0, hidden.shape[1], dtype=sums)
-        size = len(blocks[0]) * tile.columns
+        size = len(blocks[0]) * min(tile.columns, len(weight))
         memory = hidden.new_empty(size, dtype=sums)
         memory_grad = memory if dtype == sums else hidden.new_empty(size, dtype=dtype)
         # One block's products are the gradient of W's rows; those of several add up in a dtype that can.
