@@ -77,9 +77,11 @@ def require_real(
 
 
 def require_integer(name: str, value: int, *, at_least: int) -> None:
-    """An integer no smaller than ``at_least``."""
+    """An integer no smaller than ``at_least``, of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be an integer below 2**63; got {value!r}")
 
 
 def require_floating(**tensors: Tensor) -> None:

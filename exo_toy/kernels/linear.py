@@ -120,7 +120,7 @@ def linear_logps(
         others = f"weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise ValueError(f"hidden, weight and bias must have one dtype; got hidden {hidden.dtype}, {others}")
 
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
     flat_labels = labels.reshape(-1).long()
     softcap = None if softcap is None else float(softcap)
     if chosen == "reference":

@@ -20,7 +20,8 @@ def linear_logps(
     counts = labels != ignore_index
     # An ignored row's content, NaN included, must not reach the products.
     hidden = torch.where(counts.unsqueeze(-1), hidden, 0.0).to(dtype)
-    logits = hidden @ weight.to(dtype).mT
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden @ weight.to(dtype).mT
     if bias is not None:
         logits = logits + bias.to(dtype)
     if softcap is not None:

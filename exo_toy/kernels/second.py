@@ -17,11 +17,14 @@ def derivatives(
     None stands for an input that is absent, an output without a gradient, a cotangent of zero.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device = next(x.device for x in inputs if x is not None)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         variables = [None if x is None else x.detach().requires_grad_() for x in (*grad_outputs, *inputs)]
         outer, inner = variables[: len(grad_outputs)], variables[len(grad_outputs) :]
         outputs = [(y, g) for y, g in zip(function(*inner), outer, strict=True) if g is not None]
         asked = [(x, c) for x, c in zip(inner, cotangents, strict=True) if x is not None and c is not None]
+        if not asked:
+            return [None] * len(outer), [None] * len(inner)
         first = torch.autograd.grad(
             [y for y, _ in outputs], [x for x, _ in asked], [g.to(y.dtype) for y, g in outputs], create_graph=True
         )

@@ -59,13 +59,11 @@ def selective_logps(
     checks.require_temperature(accumulator_dtype(logits.dtype), temperature=temperature)
     checks.require_integer("ignore_index", ignore_index, at_least=-(2**63))
 
-    rows = logits.reshape(-1, logits.shape[-1])
-    flat_labels = labels.reshape(-1).long()
     if checks.is_transformed(logits, labels):
-        logps = reference.selective_logps(rows, flat_labels, float(temperature), ignore_index)
-    else:
-        sizes, passes = list(tile_for(logits.device)), default_passes(logits.device)
-        logps, _ = forward(rows, flat_labels, float(temperature), ignore_index, sizes, passes)
+        return reference.selective_logps(logits, labels.long(), float(temperature), ignore_index)
+    rows = logits if logits.ndim > 1 else logits.unsqueeze(0)
+    sizes, passes = list(tile_for(logits.device)), default_passes(logits.device)
+    logps, _ = forward(rows, labels.reshape(-1).long(), float(temperature), ignore_index, sizes, passes)
     return logps.view(labels.shape)
 
 
@@ -73,17 +71,18 @@ def selective_logps(
 def forward(
     logits: Tensor, labels: Tensor, temperature: float, ignore_index: int, sizes: list[int], passes: str
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and log Σ exp z, [n]."""
+    """Log-probabilities and log Σ exp z, [n], of logits [..., V] with n rows."""
     tile, shape, row_pass = Tile(*sizes).of_rows(), Shape(None, temperature), row_passes(passes)
     sums = accumulator_dtype(logits.dtype)
     with torch.autocast(logits.device.type, enabled=False):
-        rows = Rows(labels, labels != ignore_index, logits.shape[1], 0, ignore_index, tile)
+        rows = Rows(labels, labels != ignore_index, logits.shape[-1], 0, ignore_index, tile)
+        logits, index = _rows(logits, rows)
         seen = Statistics.empty(logits, rows.padded, sums, entropy=False)
         targets = rows.vector(labels, -1)
         memory = logits.new_empty(min(tile.block, rows.padded) * tile.columns, dtype=sums)
         for block in rows.blocks:
-            for start in range(0, logits.shape[1], tile.columns):
-                z = _tile(logits, rows, block, start, tile, memory, passes)
+            for start in range(0, logits.shape[-1], tile.columns):
+                z = _tile(logits, index, block, start, tile, memory, passes)
                 row_pass.observe(z, targets[block] - start, None, shape, seen.of(block))
         log_total = seen.total.log()
         logps = rows.scatter(seen.label - seen.shift() - log_total, sums)
@@ -91,8 +90,8 @@ def forward(
 
 
 @forward.register_fake
-def _(logits, *_):  # type: ignore[no-untyped-def]
-    return tuple(logits.new_empty(len(logits), dtype=accumulator_dtype(logits.dtype)) for _ in range(2))
+def _(logits, labels, *_):  # type: ignore[no-untyped-def]
+    return tuple(logits.new_empty(labels.shape, dtype=accumulator_dtype(logits.dtype)) for _ in range(2))
 
 
 @torch.library.custom_op("exo_toy::selective_logps_backward", mutates_args=())
@@ -106,19 +105,21 @@ def backward(
     sizes: list[int],
     passes: str,
 ) -> Tensor:
-    """∂L/∂logits [n, V]: g (1[label] − softmax z) / τ."""
+    """∂L/∂logits [..., V]: g (1[label] − softmax z) / τ."""
     tile, shape, row_pass = Tile(*sizes).of_rows(), Shape(None, temperature), row_passes(passes)
     with torch.autocast(logits.device.type, enabled=False):
-        rows = Rows(labels, (labels != ignore_index) & (grad_logps != 0), logits.shape[1], 0, ignore_index, tile)
+        rows = Rows(labels, (labels != ignore_index) & (grad_logps != 0), logits.shape[-1], 0, ignore_index, tile)
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grad_rows = gradient.view(len(labels), logits.shape[-1])
+        logits, index = _rows(logits, rows)
         if rows.index is not None:
             gradient.zero_()
         g, lse, targets = rows.vector(grad_logps.to(lse.dtype), 0.0), rows.vector(lse, 0.0), rows.vector(labels, -1)
         memory = logits.new_empty(min(tile.block, rows.padded) * tile.columns, dtype=lse.dtype)
         for block in rows.blocks:
-            for start in range(0, logits.shape[1], tile.columns):
-                z = _tile(logits, rows, block, start, tile, memory, passes)
-                columns = gradient[:, start : start + tile.columns]
+            for start in range(0, logits.shape[-1], tile.columns):
+                z = _tile(logits, index, block, start, tile, memory, passes)
+                columns = grad_rows[:, start : start + tile.columns]
                 out = columns[block] if rows.index is None else piece(memory, *z.shape)
                 row_pass.differentiate(z, targets[block] - start, None, shape, lse[block], g[block], None, None, out)
                 if rows.index is not None:
@@ -131,10 +132,23 @@ def _(grad_logps, logits, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _tile(logits: Tensor, rows: Rows, block: slice, start: int, tile: Tile, memory: Tensor, passes: str) -> Tensor:
+def _rows(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Logits as a matrix where its strides allow one without a copy, and the index of the rows to take, None for all.
+
+    A slice such as ``logits[:, :-1]`` is no such matrix; its rows are taken by index, a tile at a time.
+    """
+    try:
+        return logits.view(rows.n_all, logits.shape[-1]), rows.index
+    except RuntimeError:
+        return logits, torch.arange(rows.n_all, device=logits.device) if rows.index is None else rows.index
+
+
+def _tile(
+    logits: Tensor, index: Tensor | None, block: slice, start: int, tile: Tile, memory: Tensor, passes: str
+) -> Tensor:
     """A tile of logits to work on: a copy in the dtype of sums, but for Triton, which writes to outputs alone."""
-    columns = logits[:, start : start + tile.columns]
-    part = columns[block] if rows.index is None else columns[rows.index[block]]
+    columns = logits[..., start : start + tile.columns]
+    part = columns[block] if index is None else columns[torch.unravel_index(index[block], logits.shape[:-1])]
     if passes == "triton" and part.stride(1) == 1:
         return part
     return piece(memory, *part.shape).copy_(part)
