@@ -76,12 +76,12 @@ def require_real(
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
 
-def require_integer(name: str, value: int, *, at_least: int) -> None:
-    """An integer no smaller than ``at_least``, of 64 bits."""
+def require_integer(name: str, value: int, *, at_least: int, bits: int | None = None) -> None:
+    """An integer no smaller than ``at_least``; one of so many ``bits`` if given."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
-    if value >= 2**63:
-        raise ValueError(f"{name} must be an integer below 2**63; got {value!r}")
+    if bits is not None and value >= 2 ** (bits - 1):
+        raise ValueError(f"{name} must be an integer below 2**{bits - 1}; got {value!r}")
 
 
 def require_floating(**tensors: Tensor) -> None:

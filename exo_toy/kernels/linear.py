@@ -193,8 +193,8 @@ def _check(
     checks.require_temperature(dtype, temperature=temperature)
     if softcap is not None:
         checks.require_temperature(dtype, softcap=softcap)
-    checks.require_integer("ignore_index", ignore_index, at_least=-(2**63))
-    checks.require_integer("save_budget", save_budget, at_least=0)
+    checks.require_integer("ignore_index", ignore_index, at_least=-(2**63), bits=64)
+    checks.require_integer("save_budget", save_budget, at_least=0, bits=64)
 
 
 def _choose(

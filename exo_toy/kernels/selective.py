@@ -57,7 +57,7 @@ def selective_logps(
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}; got {labels.device}")
     checks.require_temperature(accumulator_dtype(logits.dtype), temperature=temperature)
-    checks.require_integer("ignore_index", ignore_index, at_least=-(2**63))
+    checks.require_integer("ignore_index", ignore_index, at_least=-(2**63), bits=64)
 
     if checks.is_transformed(logits, labels):
         return reference.selective_logps(logits, labels.long(), float(temperature), ignore_index)
