@@ -36,7 +36,7 @@ SHAPES: dict[str, list[Shape]] = {
     "cuda": [H200_SHAPE, (8192, 4096, 32000), (16384, 2048, 151936), (4096, 8192, 128256)],
 }
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-WARMUPS_AND_CALLS = {"cpu": (0, 1), "cuda": (3, 10)}
+WARMUPS_AND_CALLS = {"cpu": (1, 1), "cuda": (3, 10)}
 UNITS = {"cpu": ("s", 1.0), "cuda": ("ms", 1e3)}
 TITLES: dict[Setting, str] = {
     "full": "gradients of hidden and weight",
@@ -325,9 +325,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shapes", type=shape_of, nargs="+", metavar="NxDxV", help="rows x width x vocabulary; default: by device")
     add("--settings", nargs="+", choices=get_args(Setting), default=list(get_args(Setting)))
     add("--methods", nargs="+", choices=tuple(METHODS), help="default: all that run on the device")
-    add("--rounds", type=int, default=3, help="processes per method")
+    add("--rounds", type=int, default=2, help="processes per method")
     add("--calls", type=int, help="measured calls in a process; default: 1 on the CPU, 10 on CUDA")
-    add("--warmups", type=int, help="calls of full size before them; default: 0 on the CPU, 3 on CUDA")
+    add("--warmups", type=int, help="calls of full size before them; default: 1 on the CPU, 3 on CUDA")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--length", type=int, default=512, help="tokens of a sequence, for losses on pairs of sequences")
     add("--reference-rows", type=int, default=512, help="rows compared with float64, in the first round; 0: none")
