@@ -25,7 +25,7 @@ step holds beyond what was there before it, gradients included; thin black: the 
 step, median over repetitions in which the methods take turns, bars their range. Left: against the vocabulary, at the
 largest K. Right: against the candidates K of each prompt, at the largest vocabulary. Filled, strong lines: the head is
 trained. Hollow, thin lines: head and embedding are frozen, as when adapters are trained. Loss and gradients of all
-three are the same up to rounding. The kernel works in tiles of fixed size: fewer tokens than a tile take its time.
+three are the same up to rounding.
 """
 }
 
