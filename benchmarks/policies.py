@@ -3,6 +3,10 @@
 Every row is measured in one process, the candidates taking turns, so that whatever else the machine does falls on all
 of them; medians over the rounds after a warm-up. The copy is ``table.clone()``. For comparison, the same table by a
 gather per token: T look-ups for each of the N completions, their tokens given.
+
+Then the policies that compute: the table over the trie, where a prefix is evaluated once for all that share it, against
+``log_prob`` of all completions, where each is evaluated by itself (in batches that stay in the cache, step by step with
+what it remembers of its past, so that sharing is the only difference).
 """
 
 import argparse
@@ -14,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from exo_toy.policies import KGramPolicy
+from exo_toy.policies import GRUPolicy, KGramPolicy, LowRankPolicy, TransformerPolicy
+from exo_toy.policies.autoregressive import AutoregressivePolicy
 from exo_toy.spaces import SequenceSpace
 
 
@@ -86,11 +91,66 @@ def measure(policy: KGramPolicy, rounds: int, clock: Callable[[], float]) -> dic
     return {**by_gather, **seconds}
 
 
+def measure_sharing(policy: AutoregressivePolicy, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of forward and forward + backward over the trie, and of every completion by itself."""
+    parameters = list(policy.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    weights = torch.rand(policy.n_prompts, policy.space.size, generator=generator, dtype=torch.float64)
+    batches = list(zip(policy.space.tokens().split(4096), weights.split(4096, 1), strict=True))
+
+    def forward(by_itself: bool) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([policy.log_prob(tokens) for tokens, _ in batches], 1) if by_itself else policy.log_probs()
+
+    def both_by_itself() -> None:
+        for tokens, weight in batches:
+            torch.autograd.grad(policy.log_prob(tokens), parameters, weight, materialize_grads=True)
+
+    torch.testing.assert_close(forward(True), forward(False), rtol=1e-12, atol=1e-12)
+    over_trie = {
+        "forward": lambda: forward(False),
+        "both": lambda: torch.autograd.grad(policy.log_probs(), parameters, weights, materialize_grads=True),
+    }
+    by_itself = {"alone forward": lambda: forward(True), "alone both": both_by_itself}
+    return {**medians(over_trie, rounds, clock), **medians(by_itself, max(1, rounds // 10), clock)}
+
+
+def print_sharing(arguments: argparse.Namespace, clock: Callable[[], float]) -> None:
+    vocab_size, length, width = arguments.vocab_size, arguments.neural_length, arguments.width
+    print(f"\nV = {vocab_size}, T = {length}, d = {width} (Transformer: 4 heads, 2 layers), rank {width // 4}")
+    print("milliseconds over the trie, microseconds for each prefix, and how many times as long it takes by itself")
+    print(f"{'eos':>4} {'policy':>18} {'N':>9} {'prefixes':>9} {'f':>15} {'f+b':>15} {'alone f':>9} {'alone f+b':>9}")
+    for eos in (None, vocab_size // 2):
+        space = SequenceSpace(vocab_size, length, eos)
+        generator = torch.Generator().manual_seed(0)
+        for policy in (
+            LowRankPolicy(space, width // 4, generator=generator),
+            GRUPolicy(space, width, generator=generator),
+            TransformerPolicy(space, width, 4, 2, generator=generator),
+        ):
+            seconds = measure_sharing(policy, arguments.rounds, clock)
+            prefixes = sum(space.n_live**t for t in range(length))
+            cells = [
+                f"{1e3 * seconds[name]:.1f} ({1e6 * seconds[name] / prefixes:.1f})".rjust(15)
+                for name in ("forward", "both")
+            ]
+            cells += [f"{seconds[f'alone {name}'] / seconds[name]:.1f}x".rjust(9) for name in ("forward", "both")]
+            print(
+                f"{'-' if eos is None else eos:>4} {type(policy).__name__:>18} {space.size:>9,} {prefixes:>9,}",
+                *cells,
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=8)
     parser.add_argument("--orders", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--neural-length", type=int, default=5, help="T of the policies that compute")
+    parser.add_argument("--width", type=int, default=32, help="of the policies that compute; a multiple of 4")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cpu-time", action="store_true", help="one thread's CPU time, for a machine that is busy")
     arguments = parser.parse_args()
@@ -112,6 +172,7 @@ def main() -> None:
             ]
             eos_cell = "-" if eos is None else str(eos)
             print(f"{eos_cell:>4} {order:>2} {space.size:>11,} {1e3 * seconds['copy']:>8.1f}", *cells, flush=True)
+    print_sharing(arguments, clock)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The command ``exo-toy``: run the experiments, judge the claims, draw the figures, write the report.
+"""The command ``exo-toy``: run the experiments, judge the claims, draw the figures, write the report; audit a log.
 
-Exit codes: 0, every claim that should hold does; 1, one fails; 2, something is missing; 130, interrupted.
+Exit codes: 0, every claim that should hold does; 1, one fails; 2, something is missing; 130, interrupted. Of an audit:
+0, every record was used; 1, malformed ones were left out; 2, nothing was written.
 """
 
 import argparse
@@ -18,6 +19,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {"joblib": "experiments", "rich": "experiments", "transformers": "experiments"}
 FIGURES = {"matplotlib": "figures", "seaborn": "figures"}
 NEEDS = {"verify": EXPERIMENTS, "figures": FIGURES, "reproduce": EXPERIMENTS | FIGURES}
+# Malformed records of a log that are printed; the file of problems has them all.
+PRINTED_PROBLEMS = 20
 
 
 class Missing(Exception):
@@ -28,12 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "audit":
+            return _audit(options)
         _require(options.command)
         return _run(options)
     except Missing as error:
         print(f"exo-toy: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if options.command == "audit":
+            print("\nexo-toy: interrupted; nothing was written", file=sys.stderr)
+            return 130
         again = " ".join(["exo-toy", *(sys.argv[1:] if arguments is None else arguments)])
         print(f"\nexo-toy: interrupted; finished cases are kept, `{again}` goes on from there", file=sys.stderr)
         return 130
@@ -59,7 +67,24 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(preset="default")
         if name != "figures":
             command.add_argument("--jobs", type=positive_integer, metavar="N", help="processes (default: one per core)")
+    _add_audit(commands)
     return parser
+
+
+def _add_audit(commands: Any) -> None:
+    text = "losses, effective sample sizes and sampled estimates of a run's log (JSON lines or a JSON list)"
+    command = commands.add_parser("audit", help=text, description=text)
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="prompt, completions, rewards, policy_logps, ref_logps"
+    )
+    command.add_argument("--beta-pi", type=float, required=True, metavar="B", help="multiplies the log ratio")
+    command.add_argument("--beta-r", type=float, required=True, metavar="B", help="divides the reward")
+    command.add_argument(
+        "--label-smoothing", type=float, default=1e-3, metavar="E", help="of EXO-pref (default: %(default)s)"
+    )
+    command.add_argument("--output", type=Path, metavar="DIR", help="to write to (default: FILE's name and .audit)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: %(default)s)")
+    command.add_argument("--no-figure", dest="figure", action="store_false", help="leave the density ratios undrawn")
 
 
 def positive_integer(text: str) -> int:
@@ -123,6 +148,60 @@ def _verify(options: argparse.Namespace) -> int:
     if failed:
         print(f"exo-toy: should hold and does not: {', '.join(claim.id for claim in failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    absent = [package for package in FIGURES if options.figure and not importlib.util.find_spec(package)]
+    if absent:
+        raise Missing(f"`audit` draws with {', '.join(absent)}: install the extra `figures`, or pass --no-figure")
+    from exo_toy import audit
+
+    try:
+        settings = audit.Settings(options.beta_pi, options.beta_r, options.label_smoothing, options.seed)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    output = options.output or Path(f"{options.file.name}.audit")
+    n_problems = 0
+
+    def on_problem(text: str) -> None:
+        nonlocal n_problems
+        n_problems += 1
+        if n_problems <= PRINTED_PROBLEMS:
+            print(f"exo-toy: {text}", file=sys.stderr)
+
+    try:
+        with audit.staged(output) as folder:
+            report = audit.run(options.file, settings, folder, on_problem)
+            if options.figure:
+                from exo_toy import plots
+
+                if not plots.density_ratios(report.tables, beta=settings.beta, folder=folder):
+                    print("exo-toy: no figure: no rewards that vary", file=sys.stderr)
+    except audit.AuditError as error:
+        raise Missing(str(error)) from error
+    _print_audit(report.rows())
+    for warning in report.summary["warnings"]:
+        print(f"exo-toy: warning: {warning}", file=sys.stderr)
+    if n_problems:
+        print(f"exo-toy: {n_problems} malformed records left out, see {output / audit.PROBLEMS}", file=sys.stderr)
+    names = (audit.SUMMARY, audit.PROMPTS, audit.PROBLEMS, *audit.FIGURES)
+    print(*(output / name for name in names if (output / name).exists()), sep="\n")
+    return 1 if n_problems else 0
+
+
+def _print_audit(rows: Sequence[tuple[str, ...]]) -> None:
+    header = ("quantity", "mean", "95 % interval", "bias", "prompts")
+    if importlib.util.find_spec("rich"):
+        # Brackets are part of the names, not markup.
+        text: Any = importlib.import_module("rich.text").Text
+        table: Any = importlib.import_module("rich.table").Table(*header, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(text, row))
+        importlib.import_module("rich.console").Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

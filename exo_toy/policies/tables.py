@@ -1,36 +1,15 @@
-"""Policies over the completions of a space, one distribution per prompt.
-
-A policy is a module with three methods: ``log_probs() -> [X, N]``, ``log_prob(tokens [M, T]) -> [X, M]`` and
-``sample(n, generator) -> [X, n, T]``. Everything else takes the table that ``log_probs`` returns, so any module with
-these three can stand in for the ones here, a recurrent network or a Transformer as well.
-
-Parameters are logits in float64, zero at first (every token, or completion, equally likely). A logit may be -inf:
-probability zero, exactly.
-"""
+"""Policies made of free logits: a table over the whole space, or a table per position for every context."""
 
 import math
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from exo_toy import checks
+from exo_toy.policies.autoregressive import AutoregressivePolicy, State
+from exo_toy.policies.policy import by_prompt, draw, log_softmax
 from exo_toy.spaces import SequenceSpace, join_children, split_children, sum_over_trie
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """What exact computations ask of a policy: a table that depends on parameters. Any ``nn.Module`` may provide it."""
-
-    def log_probs(self) -> Float64[Tensor, "X N"]:
-        """[X, N] log-probability of every completion, in nats."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters, as those of an ``nn.Module``."""
-        ...
 
 
 class TabularPolicy(nn.Module):
@@ -58,6 +37,10 @@ class TabularPolicy(nn.Module):
         self.space = space
         self.logits = nn.Parameter(torch.zeros(n_prompts, space.size, dtype=torch.float64))
 
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        """:meth:`log_probs`, or :meth:`log_prob` of given tokens: what ``torch.func.functional_call`` calls."""
+        return self.log_probs() if tokens is None else self.log_prob(tokens)
+
     def log_probs(self) -> Float64[Tensor, "X N"]:
         """Log-probability of every completion, in nats.
 
@@ -67,22 +50,24 @@ class TabularPolicy(nn.Module):
         Raises:
             ValueError: a prompt whose logits define no distribution (NaN, +inf, or -inf throughout).
         """
-        return _log_softmax("logits", self.logits)
+        return log_softmax("logits", self.logits)
 
-    def log_prob(self, tokens: Int[Tensor, "M T"]) -> Float64[Tensor, "X M"]:
-        """Log-probability of given completions for every prompt, in nats.
+    def log_prob(self, tokens: Int[Tensor, "M T"] | Int[Tensor, "X M T"]) -> Float64[Tensor, "X M"]:
+        """Log-probability of given completions, in nats.
 
         Args:
-            tokens: [M, T] completions, as :meth:`SequenceSpace.tokens` has them.
+            tokens: [M, T] completions, as :meth:`SequenceSpace.tokens` has them, scored for every prompt; or
+                [X, M, T], each prompt's own.
 
         Returns:
             [X, M] float64.
 
         Raises:
-            ValueError: ``tokens`` are not completions of the space, or not [M, T].
+            ValueError: ``tokens`` are not completions of the space, or of another shape.
         """
-        _require_rows(self.space, tokens)
-        return self.log_probs()[:, self.space.index(tokens)]
+        log_probs = self.log_probs()
+        index = self.space.index(by_prompt(self.space, tokens, len(log_probs)))
+        return log_probs.gather(-1, index.expand(len(log_probs), -1))
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Int64[Tensor, "X n T"]:
@@ -99,10 +84,10 @@ class TabularPolicy(nn.Module):
             ValueError: n below 1; logits that define no distribution.
         """
         checks.require_integer("n", n, at_least=1)
-        return self.space.tokens(_draw(self.log_probs(), n, generator))
+        return self.space.tokens(draw(self.log_probs(), n, generator))
 
 
-class KGramPolicy(nn.Module):
+class KGramPolicy(AutoregressivePolicy):
     r"""A policy whose next token depends on the k tokens before it, with a table of free logits per position.
 
     .. math::
@@ -126,15 +111,15 @@ class KGramPolicy(nn.Module):
         >>> policy = KGramPolicy(SequenceSpace(2, 3), 1)
         >>> [tuple(table.shape) for table in policy.logits]
         [(1, 1, 2), (1, 2, 2), (1, 2, 2)]
+        >>> policy = KGramPolicy(SequenceSpace(10, 50), 1)  # no need to enumerate these 10**50
+        >>> round(policy.log_prob(torch.zeros(1, 50, dtype=torch.int64)).item() / -math.log(10), 9)
+        50.0
     """
 
     def __init__(self, space: SequenceSpace, order: int, *, n_prompts: int = 1) -> None:
-        super().__init__()
+        super().__init__(space, n_prompts, width=1)
         space.require_order(order)
-        checks.require_integer("n_prompts", n_prompts, at_least=1)
-        self.space = space
         self.order = order
-        self.n_prompts = n_prompts
         shapes = [(n_prompts, space.n_contexts(t, order=order), space.vocab_size) for t in range(space.length)]
         space.require_memory(8 * sum(map(math.prod, shapes)), what=f"the tables of KGramPolicy of order {order}")
         self.logits = nn.ParameterList(nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes)
@@ -153,67 +138,28 @@ class KGramPolicy(nn.Module):
             >>> KGramPolicy(SequenceSpace(2, 2), 0).log_probs().exp().tolist()
             [[0.25, 0.25, 0.25, 0.25]]
         """
-        return sum_over_trie(self.space, self._conditionals(), order=self.order)
+        tables = [self._table(t) for t in range(self.space.length)]
+        return sum_over_trie(self.space, tables, order=self.order)
 
-    def log_prob(self, tokens: Int[Tensor, "M T"]) -> Float64[Tensor, "X M"]:
-        """Log-probability of given completions for every prompt, in nats; enumerates nothing.
+    def _start(self) -> State:
+        # Numbers of contexts.
+        return (torch.zeros(1, 1, dtype=torch.int64, device=self.logits[0].device),)
 
-        Args:
-            tokens: [M, T] completions, as :meth:`SequenceSpace.tokens` has them.
+    def _extend(self, state: State, tokens: Tensor, t: int) -> State:
+        return (self.space.next_context(state[0].unsqueeze(2), tokens, order=self.order).flatten(1, 2),)
 
-        Returns:
-            [X, M] float64.
+    def _next(self, state: State, t: int) -> Tensor:
+        return self._table(t)[self._prompts(), state[0]]
 
-        Raises:
-            ValueError: ``tokens`` are not completions of the space, or not [M, T]; logits that define no distribution.
+    def _given(self, state: State, token: Tensor, t: int) -> Tensor:
+        return self._table(t)[self._prompts(), state[0], token]
 
-        Example:
-            >>> policy = KGramPolicy(SequenceSpace(10, 50), 1)
-            >>> round(policy.log_prob(torch.zeros(1, 50, dtype=torch.int64)).item() / -math.log(10), 9)
-            50.0
-        """
-        _require_rows(self.space, tokens)
-        tokens = tokens.to(torch.int64)
-        context = tokens.new_zeros(tokens.shape[:1])
-        running = torch.ones_like(context, dtype=torch.bool)
-        log_prob = self.logits[0].new_zeros(self.n_prompts, len(tokens))
-        for table, token in zip(self._conditionals(), tokens.unbind(-1), strict=True):
-            log_prob = log_prob + torch.where(running, table[:, context, token], 0.0)
-            running = running & self.space.is_live(token)
-            context = self.space.next_context(context, token, order=self.order)
-        return log_prob
+    def _prompts(self) -> Tensor:
+        return torch.arange(self.n_prompts, device=self.logits[0].device).unsqueeze(-1)
 
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Int64[Tensor, "X n T"]:
-        """Independent completions of every prompt, drawn token by token; enumerates nothing.
-
-        Args:
-            n: how many per prompt, at least 1.
-            generator: where the randomness comes from; None for torch's default generator.
-
-        Returns:
-            [X, n, T] int64 tokens, filled with the eos after the end.
-
-        Raises:
-            ValueError: n below 1; logits that define no distribution.
-        """
-        checks.require_integer("n", n, at_least=1)
-        prompt = torch.arange(self.n_prompts, device=self.logits[0].device).unsqueeze(-1)
-        context = prompt.new_zeros(self.n_prompts, n)
-        running = torch.ones_like(context, dtype=torch.bool)
-        tokens = []
-        for table in self._conditionals():
-            token = _draw(table[prompt, context], 1, generator).squeeze(-1)
-            if self.space.eos is not None:
-                token = torch.where(running, token, self.space.eos)
-            running = running & self.space.is_live(token)
-            context = self.space.next_context(context, token, order=self.order)
-            tokens.append(token)
-        return torch.stack(tokens, -1)
-
-    def _conditionals(self) -> list[Tensor]:
-        """Log-probabilities of the next token, [X, contexts, V] for every position."""
-        return [_log_softmax(f"logits[{t}]", table) for t, table in enumerate(self.logits)]
+    def _table(self, t: int) -> Tensor:
+        """Log-probabilities of the token at position t, [X, contexts, V]."""
+        return log_softmax(f"logits[{t}]", self.logits[t])
 
 
 @torch.no_grad()
@@ -265,33 +211,3 @@ def closest_kgram(space: SequenceSpace, log_p: Float[Tensor, "X N"] | Float[Tens
         if t >= order:
             below = below.unflatten(1, (space.n_live, -1)).logsumexp(1)
     return policy
-
-
-def _log_softmax(name: str, logits: Tensor) -> Tensor:
-    """Log-softmax over the last dimension; a row that is no distribution is an error."""
-    log_probs = logits.log_softmax(-1)
-    # NaN and +inf, or -inf throughout, make the normaliser and hence the whole row NaN: one column shows it.
-    bad = log_probs[..., 0].detach().isnan()
-    allowed = "finite or -inf, with a finite entry in every row of the last dimension"
-    checks.require_values(
-        [logits], (bad, lambda: f"{name} must be {allowed}; not so in the row at {bad.nonzero()[0].tolist()}")
-    )
-    return log_probs
-
-
-def _draw(log_probs: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """n indices [..., n] from each distribution [..., N]; never one of probability zero."""
-    # Not torch.multinomial, which stops at 2**24 categories.
-    cumulative = log_probs.exp().cumsum(-1)
-    uniform = torch.rand(
-        (*log_probs.shape[:-1], n), generator=generator, dtype=log_probs.dtype, device=log_probs.device
-    )
-    # Scaled by the sum as it came out in floating point, the threshold stays strictly below it.
-    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
-
-
-def _require_rows(space: SequenceSpace, tokens: Tensor) -> None:
-    """``tokens`` are completions, [M, T]."""
-    space.require_completions(tokens)
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must have shape [M, {space.length}]; got {list(tokens.shape)}")

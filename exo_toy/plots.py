@@ -1,0 +1,197 @@
+"""The picture that an audit hands its user. Needs matplotlib and seaborn, the extra ``figures``."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde
+from torch import Tensor
+
+from exo_toy.estimators import effective_sample_size, log_density_ratio_over_reward, snis_density_ratio
+
+# Prompts with a panel of their own: as many as the paper shows, and none with too few candidates for a curve.
+MOST_PROMPTS, FEWEST_CANDIDATES = 7, 16
+COLUMNS, PANEL = 4, (1.9, 2.1)
+GRID = 161
+# Curves end where the nearest candidate is this many bandwidths away.
+REACH = 2.0
+MOST_POINTS = 1000
+# Ratios below are cut off.
+LOWEST = 1e-5
+# Label, colour, line, marker.
+LOOKS = {
+    "optimal": (r"$\pi^*_\beta$", "#000000", "-", "D"),
+    "policy": (r"$\pi_\theta$", "#AA4499", "--", "o"),
+}
+# As of the other figures: the same run gives the same bytes.
+METADATA: dict[str, dict[str, Any]] = {
+    "pdf": {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None},
+    "png": {"Software": None},
+}
+NOTE = (
+    "Lines: ratio of two densities of the reward, by self-normalised importance weights and one Gaussian kernel for "
+    "both (Scott's rule), up to two bandwidths from the nearest candidate. Bands: pointwise 95 % intervals of this "
+    "smoothed ratio by the delta method, over the prompts (all prompts) or the candidates (one prompt). Markers: the "
+    r"candidates' own ratios, at most K. Grey: density of the reward under $\pi_\mathrm{ref}$, not to scale. ESS: "
+    "effective sample size, the median over all prompts."
+)
+RC: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "mathtext.fontset": "dejavusans",
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+}
+
+
+class Panel(NamedTuple):
+    """What one panel shows: tables [X, M] of log weights by name and of rewards."""
+
+    title: str
+    log_weights: dict[str, list[Tensor]]
+    rewards: list[Tensor]
+
+    @property
+    def n_prompts(self) -> int:
+        """Of all tables."""
+        return sum(map(len, self.rewards))
+
+
+def density_ratios(
+    tables: Sequence[tuple[Sequence[str], Tensor | None, Tensor]], *, beta: float | int, folder: Path
+) -> list[Path]:
+    r"""Draw the density ratios of the policy and of the optimal one to the reference over the reward.
+
+    A panel for all prompts together, and one each for the prompts with the most candidates.
+
+    Source: Ji et al., arXiv:2402.00856v4, the visualisation of density ratios.
+
+    Args:
+        tables: prompts with equally many candidates each: their names, log ratios of the policy
+            [X, K] where known, rewards [X, K].
+        beta: strength of the KL penalty of the optimal policy, above 0, in the unit of the reward.
+        folder: to write ``density_ratio.pdf`` and ``density_ratio.png`` to.
+
+    Returns:
+        The files written; none where no prompt's rewards vary.
+
+    Raises:
+        ValueError: what :func:`exo_toy.estimators.log_density_ratio_over_reward` refuses.
+
+    Example:
+        >>> density_ratios([(["a"], None, torch.zeros(1, 2))], beta=1.0, folder=Path())
+        []
+    """
+    panels = list(_panels(tables, beta))
+    if not panels:
+        return []
+    settings = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **RC}
+    with mpl.rc_context(settings):
+        figure = _draw(panels)
+        paths = []
+        for suffix, metadata in METADATA.items():
+            paths.append(folder / f"density_ratio.{suffix}")
+            figure.savefig(paths[-1], metadata=metadata)
+    return paths
+
+
+def _panels(tables: Sequence[tuple[Sequence[str], Tensor | None, Tensor]], beta: float) -> Iterator[Panel]:
+    """All prompts, where there are several, and then some alone; those with log ratios if there are any."""
+    if any(log_ratio is not None for _, log_ratio, _ in tables):
+        tables = [table for table in tables if table[1] is not None]
+    everything = Panel("", {name: [] for name in LOOKS}, [])
+    for _, log_ratio, rewards in tables:
+        everything.rewards.append(rewards)
+        everything.log_weights["optimal"].append(rewards / beta)
+        if log_ratio is not None:
+            everything.log_weights["policy"].append(log_ratio)
+    if everything.n_prompts > 1 and _varies(torch.cat([rewards.flatten() for rewards in everything.rewards])):
+        yield everything._replace(title=f"all {everything.n_prompts} prompts")
+    rows = [(table, row) for table in tables for row in range(len(table[2])) if _varies(table[2][row])]
+    enough = [entry for entry in rows if entry[0][2].shape[-1] >= FEWEST_CANDIDATES]
+    if everything.n_prompts == 1:
+        enough = rows
+    # The sort is stable: of equally many candidates the first in the file.
+    for (names, log_ratio, rewards), row in sorted(enough, key=lambda entry: -entry[0][2].shape[-1])[:MOST_PROMPTS]:
+        own = rewards[row : row + 1]
+        log_weights = {"policy": [] if log_ratio is None else [log_ratio[row : row + 1]], "optimal": [own / beta]}
+        yield Panel(f"{names[row]}, K = {own.shape[-1]}", log_weights, [own])
+
+
+def _varies(rewards: Tensor) -> bool:
+    """Whether a kernel density of the rewards exists, in float64 as well."""
+    return bool(rewards.std() > 1e-9 * rewards.abs().max())
+
+
+def _draw(panels: Sequence[Panel]) -> Figure:
+    n_columns = min(COLUMNS, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure = Figure(figsize=(max(PANEL[0] * n_columns + 0.6, 4.0), PANEL[1] * n_rows + 1.2))
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        _draw_panel(ax, panel)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel(r"density ratio $\rho = \pi/\pi_\mathrm{ref}$")
+    low, high = axes.flat[0].get_ylim()
+    axes.flat[0].set_ylim(max(low, LOWEST), high)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(handles))
+    # So many characters of six points fit in an inch.
+    note = textwrap.fill(NOTE, int(figure.get_figwidth() * 22))
+    figure.supxlabel(note, fontsize=6, x=0.01, ha="left")
+    return figure
+
+
+def _draw_panel(ax: Axes, panel: Panel) -> None:
+    rewards = torch.cat([table.flatten() for table in panel.rewards])
+    reference = gaussian_kde(rewards.numpy())
+    bandwidth = float(np.sqrt(reference.covariance[0, 0]))
+    grid = np.linspace(float(rewards.min()) - bandwidth, float(rewards.max()) + bandwidth, GRID)
+    density = reference(grid)
+    # Heights in parts of the panel: the axis is that of the ratios.
+    ax.fill_between(grid, 0.25 * density / density.max(), color="0.85", linewidth=0, transform=ax.get_xaxis_transform())
+    far = _distances(grid, rewards) > REACH * bandwidth
+    sizes = []
+    for name, (label, color, linestyle, marker) in LOOKS.items():
+        log_weights = panel.log_weights[name]
+        if not log_weights:
+            continue
+        estimate = log_density_ratio_over_reward(
+            log_weights, panel.rewards, torch.from_numpy(grid), bandwidth=bandwidth
+        )
+        curves = [curve.exp().masked_fill(far, torch.nan).numpy() for curve in (estimate.value, *estimate.interval())]
+        value, low, high = curves
+        ax.plot(grid, value, color=color, linestyle=linestyle, label=label)
+        ax.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
+        if panel.n_prompts == 1 and len(rewards) <= MOST_POINTS:
+            ratio = snis_density_ratio(log_weights[0])[0]
+            ax.plot(rewards, ratio, marker, color=color, markersize=2.5, markerfacecolor="none", markeredgewidth=0.6)
+        size = torch.cat([effective_sample_size(table) for table in log_weights]).median()
+        sizes.append(f"{label} {size:.3g}")
+    ax.set(yscale="log", xlabel="reward $r$")
+    ax.set_title(panel.title, fontsize=8)
+    ax.text(0.04, 0.96, "ESS\n" + "\n".join(sizes), transform=ax.transAxes, va="top", fontsize=6)
+
+
+def _distances(grid: np.ndarray, rewards: Tensor) -> Tensor:
+    """Of every point of the grid from the nearest reward."""
+    ordered = rewards.sort().values
+    points = torch.from_numpy(grid)
+    above = torch.searchsorted(ordered, points)
+    neighbours = torch.stack([above - 1, above]).clamp(0, len(ordered) - 1)
+    return (ordered[neighbours] - points).abs().amin(0)
