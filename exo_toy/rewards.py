@@ -8,7 +8,7 @@ import math
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from exo_toy import checks
 from exo_toy.spaces import SequenceSpace, sum_over_trie
@@ -248,3 +248,52 @@ def _as_bonus(bonus: float | int | Tensor) -> Tensor:
 def _where(holds: Tensor, bonus: Tensor) -> Tensor:
     """The bonus where the condition [N] or [X, N] holds, else 0."""
     return torch.where(holds, bonus.unsqueeze(-1) if bonus.ndim == 1 else bonus, 0.0)
+
+
+class KGramReward(nn.Module):
+    r"""A reward that adds up one number for every token, which depends on the k tokens before it.
+
+    .. math::
+        r_w(x, y) = \sum_{t < |y|} w_{x,t}(y_{t-k}, \dots, y_{t-1};\, y_t)
+
+    Its parameters are what a reward model learns. At order T - 1 it can express every reward over the space.
+
+    Args:
+        space: the completions.
+        order: k, in 0..T-1.
+        n_prompts: X, at least 1; every prompt has tables of its own.
+
+    Attributes:
+        weights: T parameters [X, A**min(t, k), V], zero at first; contexts as in :class:`exo_toy.policies.KGramPolicy`.
+
+    Raises:
+        ValueError: an argument out of range; tables that exceed the space's memory budget.
+
+    Example:
+        >>> KGramReward(SequenceSpace(2, 2), 0).table().detach()
+        tensor([[0., 0., 0., 0.]], dtype=torch.float64)
+    """
+
+    def __init__(self, space: SequenceSpace, order: int, *, n_prompts: int = 1) -> None:
+        super().__init__()
+        checks.require_integer("n_prompts", n_prompts, at_least=1)
+        space.require_order(order)
+        self.space, self.order = space, order
+        shapes = [(n_prompts, space.n_contexts(t, order=order), space.vocab_size) for t in range(space.length)]
+        space.require_memory(8 * sum(map(math.prod, shapes)), what=f"the tables of KGramReward of order {order}")
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes)
+
+    def table(self) -> Float64[Tensor, "X N"]:
+        """The reward of every completion."""
+        return sum_over_trie(self.space, list(self.weights), order=self.order)
+
+    def reward(self, tokens: Int[Tensor, "X M T"]) -> Float64[Tensor, "X M"]:
+        """The reward of given completions of every prompt; enumerates nothing."""
+        self.space.require_completions(tokens)
+        prompts = torch.arange(len(self.weights[0])).unsqueeze(-1)
+        contexts = self.space.contexts(tokens, order=self.order)
+        terms = [
+            weights[prompts, context, token]
+            for weights, context, token in zip(self.weights, contexts.unbind(-1), tokens.unbind(-1), strict=True)
+        ]
+        return torch.where(self.space.counted(tokens), torch.stack(terms, -1), 0.0).sum(-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Int, Int64, Shaped
+from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 
 from exo_toy import checks
@@ -164,6 +164,20 @@ class SequenceSpace:
         digit = token if self.eos is None else token - (token > self.eos).to(token.dtype)
         # Once k tokens are there the remainder drops the oldest; before that it changes nothing.
         return torch.where(self.is_live(token), (context * self.n_live + digit) % self.n_live**order, 0)
+
+    def contexts(self, tokens: Int[Tensor, "*M T"], *, order: int) -> Int64[Tensor, "*M T"]:
+        """Number of the context before each token of given completions; after the end it means nothing."""
+        context = torch.zeros_like(tokens[..., 0], dtype=torch.int64)
+        contexts = [context]
+        for token in tokens.unbind(-1)[:-1]:
+            context = self.next_context(context, token.to(torch.int64), order=order)
+            contexts.append(context)
+        return torch.stack(contexts, -1)
+
+    def counted(self, tokens: Int[Tensor, "*M T"]) -> Bool[Tensor, "*M T"]:
+        """Whether each token is part of its completion: the eos is, what fills up after it is not."""
+        first = torch.ones_like(tokens[..., :1], dtype=torch.bool)
+        return torch.cat([first, self.is_live(tokens[..., :-1])], -1).cumprod(-1).bool()
 
     def n_contexts(self, position: int, *, order: int) -> int:
         """A**min(t, k), the number of contexts at a position."""

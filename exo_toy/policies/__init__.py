@@ -19,7 +19,7 @@ Many policies of one shape run side by side through ``torch.func``, which calls 
 """
 
 from exo_toy.policies.neural import GRUPolicy, LowRankPolicy, TransformerPolicy
-from exo_toy.policies.policy import Policy
+from exo_toy.policies.policy import Policy, SequencePolicy
 from exo_toy.policies.tables import KGramPolicy, TabularPolicy, closest_kgram
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "KGramPolicy",
     "LowRankPolicy",
     "Policy",
+    "SequencePolicy",
     "TabularPolicy",
     "TransformerPolicy",
     "closest_kgram",

@@ -88,16 +88,24 @@ class AutoregressivePolicy(nn.Module, ABC):
             ValueError: ``tokens`` are not completions of the space, or of another shape; parameters that define no
                 distribution.
         """
+        return self.token_log_probs(tokens).sum(-1)
+
+    def token_log_probs(self, tokens: Int[Tensor, "M T"] | Int[Tensor, "X M T"]) -> Float64[Tensor, "X M T"]:
+        """Log-probability of each token given those before it, in nats; arguments and errors as in :meth:`log_prob`.
+
+        Returns:
+            [X, M, T] float64, 0 after the end.
+        """
         tokens = by_prompt(self.space, tokens, self.n_prompts)
         state = self._start()
         running = torch.ones_like(tokens[..., 0], dtype=torch.bool)
-        log_prob = torch.zeros(self.n_prompts, tokens.shape[1], dtype=torch.float64, device=tokens.device)
+        log_probs = []
         for t, token in enumerate(tokens.unbind(-1)):
             if t > 0:
                 state = self._extend(state, tokens[..., t - 1].unsqueeze(-1), t - 1)
-            log_prob = log_prob + torch.where(running, self._given(state, token, t), 0.0)
+            log_probs.append(torch.where(running, self._given(state, token, t), 0.0))
             running = running & self.space.is_live(token)
-        return log_prob
+        return torch.stack(log_probs, -1)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Int64[Tensor, "X n T"]:

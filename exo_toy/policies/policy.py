@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 
 from exo_toy import checks
@@ -21,6 +21,21 @@ class Policy(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters, as those of an ``nn.Module``."""
+        ...
+
+
+@runtime_checkable
+class SequencePolicy(Policy, Protocol):
+    """What training on samples asks of a policy besides."""
+
+    space: SequenceSpace
+
+    def log_prob(self, tokens: Tensor) -> Float64[Tensor, "X M"]:
+        """[X, M] log-probability of completions [X, M, T], in nats."""
+        ...
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Int64[Tensor, "X n T"]:
+        """[X, n, T] independent completions."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The small optimisers of the experiments: exact minimisation, certified, and training on sampled candidates."""
+"""Exact minimisation of an objective of a policy, certified."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from exo_toy import checks
 from exo_toy.policies import Policy
 
 # Curvatures below this share of the largest count as flat: a softmax does not change when its logits are shifted.
@@ -109,73 +108,6 @@ def minimize(
         math.nan if hessian is None else _smallest_curvature(hessian),
         _saturation(policy),
     )
-
-
-def train(
-    policy: Policy,
-    log_ref: Float[Tensor, "X N"],
-    reward: Float[Tensor, "X N"],
-    loss: Callable[..., Tensor],
-    *,
-    k: int,
-    beta_pi: float,
-    beta_r: float,
-    batch_size: int,
-    steps: int,
-    learning_rate: float,
-    generator: torch.Generator,
-) -> Iterator[float]:
-    r"""Train a policy on K candidates sampled from the reference, with Adam and a learning rate that falls to zero.
-
-    Each step draws ``batch_size`` groups of K candidates for every prompt and descends the mean of
-    ``loss(log_ratio [B, K], rewards [B, K], beta_pi=, beta_r=)``.
-
-    Source: the training of Ji et al., arXiv:2402.00856v4; Adam is Kingma and Ba, arXiv:1412.6980.
-
-    Args:
-        policy: as in :mod:`exo_toy.policies`, trained in place.
-        log_ref: [X, N] normalised log-probabilities of the reference.
-        reward: [X, N].
-        loss: :func:`exo_toy.losses.exo_rw_loss`, :func:`exo_toy.losses.dpo_rw_loss` or one with their signature.
-        k: number of candidates, at least 2.
-        beta_pi: policy temperature.
-        beta_r: reward temperature.
-        batch_size: groups of candidates per prompt and step.
-        steps: number of steps, at least 1.
-        learning_rate: at the start; it falls to zero along a cosine.
-        generator: of the candidates.
-
-    Yields:
-        After each step, the loss that it descended.
-
-    Raises:
-        ValueError: k below 2, no step, an empty batch, or what the loss refuses; at the first step, not at the call.
-
-    Example:
-        >>> from exo_toy import losses, policies, spaces
-        >>> policy = policies.TabularPolicy(spaces.SequenceSpace(2, 1))
-        >>> log_ref, reward = policy.log_probs().detach(), torch.tensor([[0.0, 1.0]]).double()
-        >>> settings = dict(k=4, beta_pi=1.0, beta_r=1.0, batch_size=8, steps=3, learning_rate=0.1)
-        >>> len(list(train(policy, log_ref, reward, losses.exo_rw_loss, generator=torch.Generator(), **settings)))
-        3
-    """
-    checks.require_integer("k", k, at_least=2)
-    checks.require_integer("batch_size", batch_size, at_least=1)
-    checks.require_integer("steps", steps, at_least=1)
-    cumulative = log_ref.exp().cumsum(-1)
-    cumulative = cumulative / cumulative[:, -1:]
-    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        uniform = torch.rand(len(log_ref), batch_size * k, generator=generator, dtype=log_ref.dtype)
-        index = torch.searchsorted(cumulative, uniform, right=True)
-        log_ratio = (policy.log_probs() - log_ref).gather(-1, index).reshape(-1, k)
-        value = loss(log_ratio, reward.gather(-1, index).reshape(-1, k), beta_pi=beta_pi, beta_r=beta_r).mean()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        yield value.item()
 
 
 def _hessian(policy: Policy, objective: Callable[[Tensor], Tensor], vector: np.ndarray) -> np.ndarray:
