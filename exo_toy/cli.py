@@ -153,7 +153,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _audit(options: argparse.Namespace) -> int:
     absent = [package for package in FIGURES if options.figure and not importlib.util.find_spec(package)]
     if absent:
-        raise Missing(f"`audit` draws with {', '.join(absent)}: install the extra `figures`, or pass --no-figure")
+        raise Missing(f"`audit` draws with {', '.join(absent)}: pip install {' '.join(absent)}, or pass --no-figure")
     from exo_toy import audit
 
     try:
@@ -179,7 +179,7 @@ def _audit(options: argparse.Namespace) -> int:
                     print("exo-toy: no figure: no rewards that vary", file=sys.stderr)
     except audit.AuditError as error:
         raise Missing(str(error)) from error
-    _print_audit(report.rows())
+    _print_table([("quantity", "mean", "95 % interval", "bias", "prompts"), *report.rows()])
     for warning in report.summary["warnings"]:
         print(f"exo-toy: warning: {warning}", file=sys.stderr)
     if n_problems:
@@ -189,18 +189,9 @@ def _audit(options: argparse.Namespace) -> int:
     return 1 if n_problems else 0
 
 
-def _print_audit(rows: Sequence[tuple[str, ...]]) -> None:
-    header = ("quantity", "mean", "95 % interval", "bias", "prompts")
-    if importlib.util.find_spec("rich"):
-        # Brackets are part of the names, not markup.
-        text: Any = importlib.import_module("rich.text").Text
-        table: Any = importlib.import_module("rich.table").Table(*header, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*map(text, row))
-        importlib.import_module("rich.console").Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

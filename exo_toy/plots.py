@@ -1,5 +1,7 @@
 """The picture that an audit hands its user. Needs matplotlib and seaborn, the extra ``figures``."""
 
+import itertools
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +22,6 @@ from exo_toy.estimators import effective_sample_size, log_density_ratio_over_rew
 MOST_PROMPTS, FEWEST_CANDIDATES = 7, 16
 COLUMNS, PANEL = 4, (1.9, 2.1)
 GRID = 161
-# Curves end where the nearest candidate is this many bandwidths away.
-REACH = 2.0
 MOST_POINTS = 1000
 # Ratios below are cut off.
 LOWEST = 1e-5
@@ -37,10 +37,10 @@ METADATA: dict[str, dict[str, Any]] = {
 }
 NOTE = (
     "Lines: ratio of two densities of the reward, by self-normalised importance weights and one Gaussian kernel for "
-    "both (Scott's rule), up to two bandwidths from the nearest candidate. Bands: pointwise 95 % intervals of this "
-    "smoothed ratio by the delta method, over the prompts (all prompts) or the candidates (one prompt). Markers: the "
-    r"candidates' own ratios, at most K. Grey: density of the reward under $\pi_\mathrm{ref}$, not to scale. ESS: "
-    "effective sample size, the median over all prompts."
+    "both (Scott's rule), where there are candidates. Bands: pointwise 95 % intervals of this smoothed ratio (delta "
+    "method), over the prompts in the panel of all prompts, otherwise over the candidates. Markers: ratio of each "
+    "candidate, K at most. Grey: density of the reward under the reference, not to scale. ESS: effective sample size; "
+    "in the panel of all prompts its median."
 )
 RC: dict[Any, Any] = {
     "axes.grid": True,
@@ -120,12 +120,11 @@ def _panels(tables: Sequence[tuple[Sequence[str], Tensor | None, Tensor]], beta:
             everything.log_weights["policy"].append(log_ratio)
     if everything.n_prompts > 1 and _varies(torch.cat([rewards.flatten() for rewards in everything.rewards])):
         yield everything._replace(title=f"all {everything.n_prompts} prompts")
-    rows = [(table, row) for table in tables for row in range(len(table[2])) if _varies(table[2][row])]
-    enough = [entry for entry in rows if entry[0][2].shape[-1] >= FEWEST_CANDIDATES]
-    if everything.n_prompts == 1:
-        enough = rows
+    alone = [table for table in tables if everything.n_prompts == 1 or table[2].shape[-1] >= FEWEST_CANDIDATES]
     # The sort is stable: of equally many candidates the first in the file.
-    for (names, log_ratio, rewards), row in sorted(enough, key=lambda entry: -entry[0][2].shape[-1])[:MOST_PROMPTS]:
+    alone.sort(key=lambda table: -table[2].shape[-1])
+    rows = ((*table, row) for table in alone for row in range(len(table[2])) if _varies(table[2][row]))
+    for names, log_ratio, rewards, row in itertools.islice(rows, MOST_PROMPTS):
         own = rewards[row : row + 1]
         log_weights = {"policy": [] if log_ratio is None else [log_ratio[row : row + 1]], "optimal": [own / beta]}
         yield Panel(f"{names[row]}, K = {own.shape[-1]}", log_weights, [own])
@@ -165,7 +164,9 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     density = reference(grid)
     # Heights in parts of the panel: the axis is that of the ratios.
     ax.fill_between(grid, 0.25 * density / density.max(), color="0.85", linewidth=0, transform=ax.get_xaxis_transform())
-    far = _distances(grid, rewards) > REACH * bandwidth
+    # In kernels at their centre: one candidate alone gives exp(-2) at two bandwidths from it.
+    kernels = density * len(rewards) * bandwidth * math.sqrt(2 * math.pi)
+    far = torch.from_numpy(kernels < math.exp(-2))
     sizes = []
     for name, (label, color, linestyle, marker) in LOOKS.items():
         log_weights = panel.log_weights[name]
@@ -186,12 +187,3 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.set(yscale="log", xlabel="reward $r$")
     ax.set_title(panel.title, fontsize=8)
     ax.text(0.04, 0.96, "ESS\n" + "\n".join(sizes), transform=ax.transAxes, va="top", fontsize=6)
-
-
-def _distances(grid: np.ndarray, rewards: Tensor) -> Tensor:
-    """Of every point of the grid from the nearest reward."""
-    ordered = rewards.sort().values
-    points = torch.from_numpy(grid)
-    above = torch.searchsorted(ordered, points)
-    neighbours = torch.stack([above - 1, above]).clamp(0, len(ordered) - 1)
-    return (ordered[neighbours] - points).abs().amin(0)

@@ -66,6 +66,9 @@ OPENINGS = (
     Opening("I came out smiling:", log_odds=1.5),
     Opening("I left early:", log_odds=-1.5),
     Opening("It is not", negated=True),
+    Opening("It is very", intensified=True),
+    Opening("It is not very", negated=True, intensified=True),
+    Opening("My friend found it", log_odds=0.5),
 )
 
 # How often an author uses each role: after a plain word, and after an intensifier. Sentiment words share what is left.

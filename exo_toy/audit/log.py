@@ -13,46 +13,40 @@ from exo_toy import checks
 LONGEST, CHUNK = 2**26, 2**16
 # What a number of a log may be in size; the squares of such rewards over the least temperature stay finite.
 LARGEST = 1e30
-PAIR_LOGPS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 _BOM = b"\xef\xbb\xbf"
 # What a scanner of JSON stops at; an escaped character is one piece, so that an escaped quote ends no string.
 _STRUCTURE = re.compile(rb'\\.|["\[\]{},\n]', re.DOTALL)
-_MISSING = object()
 
 
 class Problem(NamedTuple):
-    """What is wrong with a line, or with an element of a list; elements count from 1."""
+    """What is wrong with a line, or with an element of a list; both count from 1."""
 
     line: int
     element: int | None
-    field: str
-    wrong: str
-    allowed: str
+    reason: str
 
     def text(self, file: str) -> str:
-        """``file:line: field: what is wrong: what is allowed``; in a list, the element before the field."""
-        element = "" if self.element is None else f" element {self.element}:"
-        return f"{file}:{self.line}:{element} {self.field}: {self.wrong}: {self.allowed}"
+        """``file:line: reason``; in a list, the element before the reason."""
+        element = "" if self.element is None else f"element {self.element}: "
+        return f"{file}:{self.line}: {element}{self.reason}"
 
 
 class Record(NamedTuple):
-    """The candidates of one prompt; or a pair, the chosen one first, without rewards.
+    """The K candidates of one prompt.
 
     Attributes:
         line: where it begins, from 1.
         element: of a list, from 1.
-        prompt: as it was read.
-        distinct: number of different completions.
-        rewards: of each candidate; None for a pair.
+        prompt: a string; of messages, their JSON.
+        rewards: of each candidate.
         policy_logps: of each candidate, if known.
         ref_logps: of each candidate, if known; both or neither.
     """
 
     line: int
     element: int | None
-    prompt: Any
-    distinct: int
-    rewards: list[float] | None
+    prompt: str
+    rewards: list[float]
     policy_logps: list[float] | None
     ref_logps: list[float] | None
 
@@ -61,18 +55,13 @@ class Record(NamedTuple):
         """Where it stands."""
         return f"line {self.line}" if self.element is None else f"element {self.element}"
 
-    @property
-    def n_candidates(self) -> int:
-        """K; 2 for a pair."""
-        return 2 if self.rewards is None else len(self.rewards)
-
 
 class _Malformed(Exception):
-    """Field, what is wrong, what is allowed."""
+    """The reason why a record is no use."""
 
 
 def read(file: BufferedReader) -> Iterator[Record | Problem]:
-    r"""The records of a log in order, and a problem in the place of each that is no use; blank lines count nothing.
+    r"""The records of a log in order, and a problem in the place of each that is no use; blank lines are skipped.
 
     Args:
         file: opened in binary; never more of it is held than one line or element.
@@ -91,32 +80,32 @@ def read(file: BufferedReader) -> Iterator[Record | Problem]:
     line = 1
     while file.peek(1)[:1].isspace():
         line += file.read(1) == b"\n"
-    pieces = _elements(file, line) if file.peek(1)[:1] == b"[" else _lines(file, line)
-    for line, element, raw in pieces:
+    for piece in _elements(file, line) if file.peek(1)[:1] == b"[" else _lines(file, line):
+        if isinstance(piece, Problem):
+            yield piece
+            continue
+        line, element, raw = piece
         try:
-            if isinstance(raw, _Malformed):
-                raise raw
-            yield _record(_parsed(raw, element), line, element)
+            yield _record(_parsed(raw), line, element)
         except _Malformed as error:
-            yield Problem(line, element, *error.args)
+            yield Problem(line, element, str(error))
+        except RecursionError:
+            yield Problem(line, element, "is nested too deeply")
 
 
-def _lines(file: BufferedReader, line: int) -> Iterator[tuple[int, None, bytes | _Malformed]]:
-    """Lines that are not blank, from the given number on."""
+def _lines(file: BufferedReader, line: int) -> Iterator[tuple[int, None, bytes]]:
+    """Lines that are not blank, from the given number on, cut off where they are too long."""
     while raw := file.readline(LONGEST + 1):
-        if len(raw) > LONGEST:
-            yield line, None, _too_long()
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(LONGEST)
-        elif not raw.isspace():
+        if not raw.isspace():
             yield line, None, raw
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(LONGEST)
         line += 1
 
 
-def _elements(file: BufferedReader, line: int) -> Iterator[tuple[int, int, bytes | _Malformed]]:
+def _elements(file: BufferedReader, line: int) -> Iterator[tuple[int, int, bytes] | Problem]:
     """Elements of a list, told apart by brackets and commas alone, so that one that is no JSON spoils no other."""
-    depth, in_string, element, start = 0, False, 1, line
-    held, too_long = list[bytes](), False
+    depth, in_string, element, start, held = 0, False, 1, line, bytearray()
     while chunk := file.read(CHUNK):
         while chunk.endswith(b"\\") and (more := file.read(1)):
             chunk += more
@@ -129,30 +118,21 @@ def _elements(file: BufferedReader, line: int) -> Iterator[tuple[int, int, bytes
                 in_string = not in_string
             elif not in_string and len(mark) == 1:
                 depth += (mark in b"[{") - (mark in b"]}")
-                if depth == 1 and mark == b"[":
+                if mark == b"[" and depth == 1:
                     begin = match.end()
-                elif depth == 0 or (depth == 1 and mark == b","):
-                    raw = b"".join([*held, chunk[begin : match.start()]])
-                    if too_long:
-                        yield start, element, _too_long()
-                    elif raw.strip():
+                elif depth == 0 or (mark == b"," and depth == 1):
+                    raw = bytes(held) + chunk[begin : match.start()]
+                    # All of an empty list is blank.
+                    if raw.strip() or depth or element > 1:
                         yield start + _blank_lines(raw), element, raw
-                    elif depth or element > 1:
-                        yield line, element, _Malformed("record", "is empty", "must be an object; a comma is too many")
-                    begin, held, too_long, start, element = match.end(), [], False, line, element + 1
-                    if depth == 0:
-                        if chunk[begin:].strip() or file.read().strip():
-                            yield (
-                                line,
-                                element,
-                                _Malformed("record", "follows the list's end", "must be within the list"),
-                            )
-                        return
-        held.append(chunk[begin:])
-        if sum(map(len, held)) > LONGEST:
-            held, too_long = [], True
-    start += _blank_lines(b"".join(held))
-    yield start, element, _Malformed("record", "the file ends here", "must be an object, and after the last one ]")
+                    begin, held, start, element = match.end(), bytearray(), line, element + 1
+                if depth == 0:
+                    if chunk[begin:].strip() or file.read(CHUNK).strip():
+                        yield Problem(line, None, "more follows after the end of the list")
+                    return
+        held += chunk[begin:]
+        del held[LONGEST + 1 :]
+    yield Problem(start + _blank_lines(bytes(held)), element, "the file ends before the list does")
 
 
 def _blank_lines(raw: bytes) -> int:
@@ -160,47 +140,36 @@ def _blank_lines(raw: bytes) -> int:
     return raw[: len(raw) - len(raw.lstrip())].count(b"\n")
 
 
-def _too_long() -> _Malformed:
-    return _Malformed("record", f"is longer than {LONGEST} bytes", "must be an object on a line, or in a list")
-
-
-def _parsed(raw: bytes, element: int | None) -> Any:
+def _parsed(raw: bytes) -> Any:
     """The JSON value of a line or an element."""
-    allowed = "must be a JSON object" + (" on one line" if element is None else "")
+    if len(raw) > LONGEST:
+        raise _Malformed(f"is longer than {LONGEST} bytes")
     try:
         return json.loads(raw.strip().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        wrong = f"is not UTF-8 (byte {error.object[error.start]:#04x})"
-        raise _Malformed("record", wrong, "must be UTF-8 text") from error
     except json.JSONDecodeError as error:
-        wrong = f"is not JSON ({error.msg.removesuffix(' at')}, at its character {error.pos + 1})"
-        raise _Malformed("record", wrong, allowed) from error
-    except RecursionError as error:
-        raise _Malformed("record", "is nested too deeply", allowed) from error
+        raise _Malformed(f"is not JSON: {error.msg} (character {error.pos + 1})") from error
     except ValueError as error:
-        raise _Malformed("record", "holds an integer of thousands of digits", allowed) from error
+        raise _Malformed(f"is not JSON: {error}") from error
 
 
 def _record(value: Any, line: int, element: int | None) -> Record:
-    """Candidates or a pair, every field in use checked."""
+    """Every field in use checked."""
     if not isinstance(value, dict):
-        raise _Malformed("record", f"is {_named(value)}", "must be an object")
-    _text("prompt", value.get("prompt", _MISSING))
-    pair = "completions" not in value and ("chosen" in value or "rejected" in value)
-    if pair:
-        texts = [_text(field, value.get(field, _MISSING)) for field in ("chosen", "rejected")]
-        logps = [_logp(field, value.get(field, _MISSING)) for field in PAIR_LOGPS]
-        return Record(line, element, value["prompt"], len(set(texts)), None, logps[:2], logps[2:])
-    completions = value.get("completions", _MISSING)
-    if not isinstance(completions, list) or len(completions) < 2:
-        named = f"a list of {len(completions)}" if isinstance(completions, list) else _named(completions)
-        raise _Malformed("completions", f"is {named}", "must be a list of at least 2 texts")
-    texts = [_text(f"completions[{i}]", text) for i, text in enumerate(completions)]
-    rewards = _numbers(value, "rewards", len(texts))
-    policy_logps, ref_logps = None, None
+        raise _Malformed(f"must be an object; is {_named(value)}")
+    needed = ["prompt", "completions", "rewards"]
     if "policy_logps" in value or "ref_logps" in value:
-        policy_logps, ref_logps = (_numbers(value, field, len(texts)) for field in ("policy_logps", "ref_logps"))
-    return Record(line, element, value["prompt"], len(set(texts)), rewards, policy_logps, ref_logps)
+        needed += ["policy_logps", "ref_logps"]
+    for field in needed:
+        if field not in value:
+            raise _Malformed(f"{field} is missing")
+    prompt = _text("prompt", value["prompt"])
+    completions = value["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise _Malformed(f"completions must be a list of at least 2 texts; is {_named(completions)}")
+    for i, completion in enumerate(completions):
+        _text(f"completions[{i}]", completion)
+    numbers = {field: _numbers(field, value[field], len(completions)) for field in needed[2:]}
+    return Record(line, element, prompt, numbers["rewards"], numbers.get("policy_logps"), numbers.get("ref_logps"))
 
 
 def _text(field: str, value: Any) -> str:
@@ -208,42 +177,27 @@ def _text(field: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        return json.dumps(value, sort_keys=True)
-    raise _Malformed(field, f"is {_named(value)}", "must be a string or a list of messages")
+        return json.dumps(value)
+    raise _Malformed(f"{field} must be a string or a list of messages; is {_named(value)}")
 
 
-def _numbers(value: dict[str, Any], field: str, count: int) -> list[float]:
-    numbers = value.get(field, _MISSING)
-    if not isinstance(numbers, list):
-        raise _Malformed(field, f"is {_named(numbers)}", "must be a list of numbers, one for each completion")
-    if len(numbers) != count:
-        raise _Malformed(field, f"has {len(numbers)} entries", f"must have one for each of {count} completions")
-    check = _number if field == "rewards" else _logp
-    return [check(f"{field}[{i}]", number) for i, number in enumerate(numbers)]
-
-
-def _number(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        raise _Malformed(field, f"is {_named(value)}", f"must be a number of at most {LARGEST:g} in size")
-    return float(value)
-
-
-def _logp(field: str, value: Any) -> float:
-    logp = _number(field, value)
-    # Rounding may lift a probability of one; anything higher is a negated or otherwise wrong number.
-    if logp > checks.NORMALISATION_TOLERANCE:
-        raise _Malformed(field, f"is {_named(value)}", "must be a log-probability, at most 0")
-    return logp
+def _numbers(field: str, numbers: Any, count: int) -> list[float]:
+    """One for each completion; log-probabilities at most 0."""
+    if not isinstance(numbers, list) or len(numbers) != count:
+        raise _Malformed(f"{field} must be a list of {count} numbers, one per completion; is {_named(numbers)}")
+    for i, number in enumerate(numbers):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
+            raise _Malformed(f"{field}[{i}] must be a number of at most {LARGEST:g} in size; is {_named(number)}")
+        # Rounding may lift a probability of one; anything higher is a negated or otherwise wrong number.
+        if field != "rewards" and number > checks.NORMALISATION_TOLERANCE:
+            raise _Malformed(f"{field}[{i}] must be a log-probability, at most 0; is {number}")
+    return [float(number) for number in numbers]
 
 
 def _named(value: Any) -> str:
     """A JSON value, short enough for a message."""
-    if value is _MISSING:
-        return "missing"
-    if isinstance(value, str):
-        return f"the string {reprlib.repr(value)}"
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    if isinstance(value, float) and not -LARGEST <= value <= LARGEST:
-        return "NaN" if value != value else json.dumps(value)
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
