@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from analysis import storage
 from exo_toy.cli import positive_integer
 
-EXPERIMENTS = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio", "lm_step")
+EXPERIMENTS = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio", "lm_step", "alignment")
 PRESETS = ("quick", "default", "full")
 # Settings given one by one on the command line: never mistaken for a preset's results.
 CUSTOM = "custom"

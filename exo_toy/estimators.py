@@ -327,14 +327,16 @@ def bootstrap_mean(
     # About the mean: the rounding of the sums is then relative to the spread.
     center = values.double().mean(-1, keepdim=True)
     deviations = (values.double() - center).reshape(-1, n_units)
-    means, at_once = [], max(1, ELEMENTS_AT_ONCE // n_units)
-    for start in range(0, n_resamples, at_once):
-        drawn = torch.randint(n_units, (min(at_once, n_resamples - start), n_units), generator=generator)
+    at_once = max(1, ELEMENTS_AT_ONCE // n_units)
+    # Made before the large temporaries: small pieces among them would keep their memory from being used again.
+    means = torch.empty(n_resamples, len(deviations), dtype=torch.float64, device=values.device)
+    for some in means.split(at_once):
+        drawn = torch.randint(n_units, (len(some), n_units), generator=generator)
         counts = torch.zeros(drawn.shape, dtype=torch.float64)
         counts.scatter_add_(-1, drawn, torch.ones_like(counts))
-        means.append(counts.to(values.device) @ deviations.T / n_units)
+        some.copy_(counts.to(values.device) @ deviations.T / n_units)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=values.device)
-    low, high = torch.cat(means).quantile(tails, 0).reshape(2, *values.shape[:-1]) + center.squeeze(-1)
+    low, high = means.quantile(tails, 0).reshape(2, *values.shape[:-1]) + center.squeeze(-1)
     return low, high
 
 

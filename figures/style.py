@@ -26,7 +26,7 @@ from analysis.storage import StoredResult, load
 
 __all__ = ["METHODS", "Look", "StoredResult", "draw_all", "folder", "load", "main", "save", "theme"]
 
-FIGURES = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio", "lm_step")
+FIGURES = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio", "lm_step", "alignment")
 # Width of a column and of a page of a two-column paper, in inches.
 COLUMN, PAGE = 3.25, 6.75
 
@@ -57,6 +57,11 @@ METHODS = {
     "best_of_n": Look("best of n", "#CC79A7", (0, (5, 1)), "P"),
     "reverse_kl": Look(r"min $\mathrm{KL}(\pi_\theta\|\pi^*)$", "#56B4E9", "-", "<"),
     "forward_kl": Look(r"min $\mathrm{KL}(\pi^*\|\pi_\theta)$", "#D55E00", "--", ">"),
+    "exo_rw": Look("EXO-rw", "#0072B2", "-", "o"),
+    "dpo_rw": Look("DPO-rw", "#E69F00", "--", "s"),
+    "exo_pref": Look("EXO-pref", "#56B4E9", "-", "p"),
+    "dpo_pref": Look("DPO-pref", "#D55E00", "--", "D"),
+    "chosen_sft": Look("SFT on chosen", "#999999", (0, (1, 3)), "+"),
     "naive": Look("naive: logits, log-softmax", "#CC6677", "--", "s"),
     "selective": Look("selective: logits", "#DDCC77", "-.", "^"),
     "kernel": Look("kernel: no logits", "#332288", "-", "o"),
