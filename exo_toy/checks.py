@@ -6,9 +6,11 @@ values are skipped where reading would break a trace or a transform (:func:`valu
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # A table whose probabilities do not sum to one within this (in nats) is taken for logits passed by mistake.
 NORMALISATION_TOLERANCE = 1e-4
@@ -29,10 +31,24 @@ def values_are_readable(*tensors: Tensor) -> bool:
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether a tensor is inside a ``torch.func`` transform; never so while compiling, where it cannot be asked."""
+    """Whether a tensor is inside a ``torch.func`` transform or carries a forward-mode tangent.
+
+    While compiling it cannot be asked of a tensor, only whether there is a transform around.
+    """
     if torch.compiler.is_compiling():
-        return False
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors if x is not None)
+        # Not "is not None", which is always true of what the tracer holds in its place.
+        return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    given = [x for x in tensors if x is not None]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast inside, on devices that have one."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def require_values(tensors: Iterable[Tensor], *conditions: tuple[Tensor, Callable[[], str]]) -> None:

@@ -84,7 +84,7 @@ def frontier(log_ref: Float[Tensor, "X N"], reward: Float[Tensor, "X N"], *, kl:
     Example:
         >>> uniform, reward = torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([[0.0, 1.0]]).double()
         >>> round(frontier(uniform, reward, kl=0.1).reward, 4)
-        0.7192
+        0.7198
     """
     checks.require_real("kl", kl, allowed="at least 0 and finite", low=0.0, high=math.inf, low_allowed=True)
     spread = (reward.amax(-1) - reward.amin(-1)).max().item()

@@ -128,6 +128,21 @@ def test_compiled_for_any_batch(name):
                 assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["recompute", "frozen, entropy", "selective"])
+def test_what_is_compiled_is_the_operator(name):
+    """Not the reference, which agrees with it."""
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(str(module.graph))
+        return module.forward
+
+    with use_tiles():
+        compiled(Step(**STEPS[name]), backend=backend)(**batch(2, 5))
+    operator = "exo_toy.selective_logps" if name == "selective" else "exo_toy.linear_logps"
+    assert operator in graphs[0]
+
+
 def test_compiled_checks_still_run():
     step = torch.compile(lambda h, w, y: linear_logps(h, w, y), backend="aot_eager")
     hidden, weight = torch.zeros(3, 2), torch.zeros(5, 2)
@@ -210,6 +225,6 @@ def test_opcheck_of_selective_logps(dtype):
     labels = torch.tensor([0, -100, 10, 3, -100, 5, 6])
     options = 0.7, -100, SIZES, "torch"
     check(selective_module.forward, logits, labels, *options)
-    _, lse = selective_module.forward(logits.detach(), labels, *options)
+    logps, lse = selective_module.forward(logits.detach(), labels, *options)
     grad_logps = torch.linspace(1, 2, 7, dtype=lse.dtype, requires_grad=True)
-    check(selective_module.backward, grad_logps, logits, labels, lse, *options)
+    check(selective_module.backward, grad_logps, logits, labels, logps, lse, *options)

@@ -100,7 +100,7 @@ def test_labels_out_of_range_inside_the_operators():
             None, 1.0, -100, False, [True, True, False], sizes, "torch", None,
         ),
         lambda: selective_module.forward(logits, labels, 1.0, -100, sizes, "torch"),
-        lambda: selective_module.backward(rows, logits, labels, rows, 1.0, -100, sizes, "torch"),
+        lambda: selective_module.backward(rows, logits, labels, rows, rows, 1.0, -100, sizes, "torch"),
     ]  # fmt: skip
     for call in calls:
         message = refuses(call)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exo_toy.kernels import linear_logps
+from exo_toy.kernels import linear_logps, selective_logps
 from tests import kernel_oracles as oracles
 from tests import kernel_strategies as kernels
-from tests.kernel_strategies import MODES, Head, heads, random_head
+from tests.kernel_strategies import MODES, Head, heads, random_head, use_tiles
 from tests.sequence_strategies import generators, normal
 from tests.tolerances import assert_close
 
@@ -329,6 +329,32 @@ def test_lower_precision_against_float64_of_the_same_inputs(mode, device, dtype,
         wanted = expected.gradients[name]
         allowed = (tolerance + 1e-6 + kept) * sums[name] * 2 + rounding * wanted.abs() + torch.finfo(dtype).tiny
         assert ((gradient.double() - wanted).abs() <= allowed).all()
+
+
+CONFIDENT = [(1e4, 10.0), (1e4, 8.0), (1000.0, 12.0), (30.0, 10.0)]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "kept"])
+@pytest.mark.parametrize(("at", "below"), CONFIDENT)
+def test_the_gradient_at_a_confident_label_keeps_its_digits(mode, at, below):
+    """1 − p of the label is off by two roundings of 1, however large the logits: not by those of the logits."""
+    logits = torch.full((6,), at - below)
+    logits[2] = at
+    head = Head(torch.ones(1, 1), logits.unsqueeze(1), torch.tensor([2]), torch.zeros(6))
+    gradient = head.run(mode, [torch.ones(1)]).gradients["bias"][2].item()
+    wanted = 1 - logits.double().softmax(0)[2].item()
+    assert abs(gradient - wanted) <= 2**-23
+    selected = logits.unsqueeze(0).clone().requires_grad_()
+    with use_tiles():
+        (gradient,) = torch.autograd.grad(selective_logps(selected, torch.tensor([2])).sum(), selected)
+    assert abs(gradient[0, 2].item() - wanted) <= 2**-23
+
+
+def test_kept_bfloat16_rounds_no_confident_label():
+    """One token has probability 1 whatever the cap: nothing to learn, also from a store in half precision."""
+    head = random_head(50, n_vocab=1, width=4, dtype=torch.bfloat16, softcap=30.0, bias=None)
+    gradients = head.run("kept", [torch.ones(50)]).gradients
+    assert all((gradient == 0).all() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize(

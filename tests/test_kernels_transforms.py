@@ -1,13 +1,15 @@
 """The kernels under second derivatives, torch.func, checkpointing, autocast and the modes of autograd."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from exo_toy.kernels import linear_logps, selective_logps
+from exo_toy.kernels import linear_logps, reference, selective_logps
 from tests import kernel_strategies as kernels
 from tests.kernel_strategies import MODES, Head, random_head, use_tiles
 from tests.tolerances import assert_close
@@ -331,3 +333,116 @@ def test_gradients_reach_the_layers_before():
         logps.square().sum().backward()
         found.append(weight.grad)
     assert_close(found[0], found[1], scale=100)
+
+
+# Higher derivatives, forward mode, changes in place
+
+
+def third_derivatives(function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Of a scalar function: gradient, and twice the gradient of its product with a fixed direction."""
+    direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).sin().view_as(x)
+    found = [torch.autograd.grad(function(x), x, create_graph=True)[0]]
+    for _ in range(2):
+        found.append(torch.autograd.grad((found[-1] * direction).sum(), x, create_graph=True)[0])
+    return found
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+@all_modes
+def test_third_derivatives(mode, name):
+    head = small_head(softcap=2.0)
+    if mode == "frozen" and name != "hidden":
+        pytest.skip("frozen")
+    inputs = head.inputs(name)
+
+    def value(mode):
+        return lambda x: head.outputs(mode, {**inputs, name: x}, entropy=False)[0].square().sum()
+
+    for have, want in zip(
+        third_derivatives(value(mode), inputs[name]), third_derivatives(value("reference"), inputs[name]), strict=True
+    ):
+        assert want.abs().max() > 1e-3
+        assert_close(have, want, scale=1e3)
+
+
+def test_third_derivatives_of_selective_logps():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    labels = torch.tensor([3, -100, 8, 0])
+    plain = third_derivatives(lambda z: reference.selective_logps(z, labels, 1.0, -100).square().sum(), logits)
+    with use_tiles():
+        ours = third_derivatives(lambda z: selective_logps(z, labels).square().sum(), logits)
+    for have, want in zip(ours, plain, strict=True):
+        assert_close(have, want, scale=1e2)
+
+
+def test_dual_numbers():
+    """Forward-mode differentiation without a transform: the reference computes the tangent."""
+    head = small_head()
+    tangent = torch.ones_like(head.hidden)
+    logits = head.hidden @ head.weight.T + head.bias
+
+    def directional(function, x, direction):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, direction))).tangent
+
+    def plain(hidden):
+        log_p = (hidden @ head.weight.T + head.bias).log_softmax(-1)
+        return log_p.gather(1, head.labels.clamp(min=0).unsqueeze(1)).squeeze(1) * head.counts
+
+    wanted = torch.func.jvp(plain, (head.hidden,), (tangent,))[1]
+    ours = directional(lambda h: linear_logps(h, head.weight, head.labels, bias=head.bias), head.hidden, tangent)
+    assert_close(ours, wanted, scale=10.0)
+    selected = directional(lambda z: selective_logps(z, head.labels), logits, tangent @ head.weight.T)
+    assert_close(selected, wanted, scale=10.0)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("transform", ["jvp", "grad", "hessian"])
+def test_compiled_transforms(transform):
+    """The reference is taken inside a transform while compiling too."""
+    head = small_head()
+
+    def value(h):
+        return linear_logps(h, head.weight, head.labels).square().sum()
+
+    calls = {
+        "jvp": lambda h: torch.func.jvp(value, (h,), (torch.ones_like(h),))[1],
+        "grad": torch.func.grad(value),
+        "hessian": torch.func.hessian(value),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(calls[transform], backend="aot_eager", fullgraph=True)
+    expected = calls[transform](head.hidden)
+    assert expected.abs().max() > 0.1
+    assert_close(compiled(head.hidden), expected, scale=100.0)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_results_may_be_changed_in_place(ignored):
+    """Whether rows are ignored or not, and with the right gradient after."""
+    head = small_head()
+    labels = head.labels.clone()
+    if ignored:
+        labels[0] = -100
+    factor = torch.arange(1.0, len(labels) + 1, dtype=torch.float64)
+
+    def gradients(change) -> list[Tensor]:
+        inputs = head.inputs("hidden", "weight")
+        logits = (head.hidden @ head.weight.T).requires_grad_()
+        outputs = (
+            *linear_logps(inputs["hidden"], inputs["weight"], labels, return_entropy=True),
+            selective_logps(logits, labels),
+        )
+        outputs = [change(x) for x in outputs]
+        return list(torch.autograd.grad(sum(x.sum() for x in outputs), [inputs["hidden"], inputs["weight"], logits]))
+
+    for have, want in zip(gradients(lambda x: x.mul_(factor)), gradients(lambda x: x * factor), strict=True):
+        assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_meta_tensors_have_shapes_alone(backend):
+    hidden, weight = torch.zeros(4, 3, device="meta"), torch.zeros(6, 3, device="meta")
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    assert linear_logps(hidden, weight, labels, backend=backend).shape == (4,)
+    assert selective_logps(torch.zeros(4, 6, device="meta"), labels).shape == (4,)

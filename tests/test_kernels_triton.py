@@ -189,11 +189,12 @@ def test_differentiate(device, monkeypatch, dtype, shape, biased, entropy, in_pl
     g = torch.tensor([1.0, -2.0, 0.5, 0.0, 1.5], dtype=dtype, device=device)
     entropies = torch.tensor([2.0, 1.0, 0.5, 0.0, 0.1], dtype=dtype, device=device) if entropy else None
     g_entropy = torch.tensor([0.3, 1.0, -2.0, 0.0, 1.0], dtype=dtype, device=device) if entropy else None
+    at_label = torch.tensor([0.7, -1.0, 0.2, 0.0, 1.0], dtype=dtype, device=device)
 
     def differentiated(passes) -> list[Tensor]:
         tile = products(dtype, device)[0]
         out = tile if in_place else torch.full_like(tile, torch.nan)
-        passes.differentiate(tile, labels, bias, shape, lse, g, entropies, g_entropy, out)
+        passes.differentiate(tile, labels, bias, shape, lse, g, entropies, g_entropy, at_label, out)
         return [out]
 
     expected = differentiated(rows)
@@ -234,7 +235,7 @@ def test_rows_far_apart_and_vectors_with_gaps(device):
         seen = Statistics.empty(whole, 4, torch.float64, True)
         passes.observe(whole.clone()[part], labels, bias, BOTH, seen, weights[part], moments[part])
         passes.rescale(first[part], second[part], change, change.exp())
-        passes.differentiate(whole.clone()[part], labels, bias, BOTH, lse, g, lse, g, gradient[part])
+        passes.differentiate(whole.clone()[part], labels, bias, BOTH, lse, g, lse, g, lse, gradient[part])
         passes.weigh(weights[part], labels, g, lse, kept_gradient[part])
         results.append(matrices)
     for want, have in zip(*results, strict=True):
@@ -525,7 +526,7 @@ def test_a_compiled_pass_touches_memory_once(compiled, n_columns):
     statistics = Statistics.empty(tile, 2, torch.float32, True)
     compiled.observe(tile, labels, bias, BOTH, statistics, half, half)
     assert (compiled._observe.read, compiled._observe.written) == (4 * n_columns + 4 * n_columns, 2 * 2 * n_columns)
-    compiled.differentiate(tile, labels, None, BOTH, vector, vector, vector, vector, half)
+    compiled.differentiate(tile, labels, None, BOTH, *[vector] * 5, half)
     assert (compiled._differentiate.read, compiled._differentiate.written) == (4 * n_columns, 2 * n_columns)
     compiled.weigh(half, labels, vector, vector, half)
     assert (compiled._weigh.read, compiled._weigh.written) == (2 * n_columns, 2 * n_columns)
@@ -538,6 +539,6 @@ def test_a_compiled_pass_touches_memory_once(compiled, n_columns):
 def test_all_passes_compile_at_odd_sizes(compiled, dtype, n_columns):
     tile, labels, bias, vector = arguments(n_columns, dtype)
     compiled.observe(tile, labels, bias, BOTH, Statistics.empty(tile, 2, dtype, True), tile, tile)
-    compiled.differentiate(tile, labels, bias, WARM, vector, vector, vector, vector, tile)
+    compiled.differentiate(tile, labels, bias, WARM, *[vector] * 5, tile)
     compiled.weigh(tile, labels, vector, vector, tile)
     compiled.rescale(tile, None, vector, vector)

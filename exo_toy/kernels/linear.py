@@ -75,8 +75,9 @@ def linear_logps(
 
     Half-precision inputs: products in the input dtype, sums in float32 (float64 inputs stay in float64). Ignored rows
     are dropped before the first product; counting the others is the one host synchronisation of a pass. The results
-    are deterministic, and a row's result does not depend on how many others there are (for this, rows are padded to a
-    multiple of 64 on a CPU, of 2048 on CUDA). Second derivatives come from the reference implementation, at its cost.
+    are deterministic, and a row's result does not depend on how many others follow it (for this, rows are padded to a
+    multiple of 64 on a CPU, of 2048 on CUDA); where d is no multiple of 16, its place may change the last bits. Second
+    and higher derivatives come from the reference implementation, at its cost.
 
     Source: the streaming log-sum-exp of Milakov and Gimelshein, arXiv:1805.02867; gradients by differentiating it.
 
@@ -84,7 +85,7 @@ def linear_logps(
         hidden: [..., d], floating point, of any strides.
         weight: [V, d] of hidden's dtype, the output head. Under autocast both are cast as by ``F.linear``.
         labels: [...] integers in [0, V), or ``ignore_index``.
-        bias: [V] of hidden's dtype; -inf forbids a token.
+        bias: [V] of hidden's dtype; without a soft-cap -inf forbids a token (all of them: NaN).
         softcap: c, above 0; None for none.
         temperature: τ, above 0; divides the logits, after the cap.
         ignore_index: label of the rows that do not count, whatever they hold.
@@ -93,7 +94,8 @@ def linear_logps(
         save_budget: bytes of probabilities to keep from the forward for the backward.
         backend: "reference" (plain torch, holds the logits; any order of derivative and every ``torch.func``
             transform), "tiled" (any device), "triton" (CUDA). By default Triton on CUDA where it is installed, the
-            reference inside ``torch.func`` transforms, otherwise tiled.
+            reference inside ``torch.func`` transforms and for dual numbers of forward-mode differentiation (but not
+            where those meet ``torch.compile``: ask for the reference there), otherwise tiled.
         group: process group over which the vocabulary is sharded. Each rank passes the same hidden and labels, its
             own rows of weight and bias (at least one, in rank order), and gets the full results and the full gradient
             of hidden. Arguments must be valid on all ranks: one that refuses its own leaves the others waiting. In a
@@ -151,8 +153,9 @@ def linear_logps(
             None if group is None else group.group_name,
         )
     if return_entropy:
-        return logps.view(labels.shape), entropies.view(labels.shape)
-    return logps.view(labels.shape)
+        return logps.view(labels.shape).clone(), entropies.view(labels.shape).clone()
+    # A copy, which the caller may change: the backward needs what it is a copy of.
+    return logps.view(labels.shape).clone()
 
 
 def _check(
@@ -227,6 +230,8 @@ def _choose(
 def _autocast(x: Tensor) -> Tensor:
     """What autocast does to an argument of a linear layer."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    if not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from exo_toy import logspace
+from exo_toy import checks, logspace
 
 
 def linear_logps(
@@ -20,7 +20,7 @@ def linear_logps(
     counts = labels != ignore_index
     # An ignored row's content, NaN included, must not reach the products.
     hidden = torch.where(counts.unsqueeze(-1), hidden, 0.0).to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with checks.autocast_off(hidden.device):
         logits = hidden @ weight.to(dtype).mT
     if bias is not None:
         logits = logits + bias.to(dtype)

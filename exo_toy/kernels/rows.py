@@ -121,6 +121,14 @@ def rescale(first: Tensor, second: Tensor | None, change: Tensor, scale: Tensor)
     first.mul_(scale.unsqueeze(1))
 
 
+def label_gradient(logps: Tensor, grad_logp: Tensor, entropy: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """∂L/∂z of the label's logit, g (1 − p) − g_H p (log p + H), from log p: 1 − p keeps its digits."""
+    gradient = -grad_logp * logps.expm1()
+    if entropy is None or grad_entropy is None:
+        return gradient
+    return gradient - grad_entropy * logps.exp() * (logps.clamp(min=-1e4) + entropy)
+
+
 def differentiate(
     tile: Tensor,
     labels: Tensor,
@@ -130,11 +138,13 @@ def differentiate(
     grad_logp: Tensor,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
+    at_label: Tensor,
     out: Tensor,
 ) -> None:
     """A tile of products to ∂L/∂x, in ``out`` (which may be the tile), whose content is lost.
 
-    With p = exp(z − lse): ∂L/∂x = [g (1[label] − p) − g_H p (log p + H)] ⊙ J.
+    With p = exp(z − lse): ∂L/∂x = [g (1[label] − p) − g_H p (log p + H)] ⊙ J, at the label ``at_label`` J (see
+    :func:`label_gradient`).
     """
     logits_(tile, bias, shape)
     jacobian = slope(tile, shape)
@@ -146,7 +156,7 @@ def differentiate(
         tile.exp_().mul_(surprise.add_(grad_logp.unsqueeze(1)).neg_())
     inside = (labels >= 0) & (labels < tile.shape[1])
     index = labels.clamp(0, tile.shape[1] - 1).unsqueeze(1)
-    tile.scatter_add_(1, index, torch.where(inside, grad_logp, 0.0).unsqueeze(1))
+    tile.scatter_(1, index, torch.where(inside.unsqueeze(1), at_label.unsqueeze(1), tile.gather(1, index)))
     if shape.softcap is not None or shape.temperature != 1.0:
         tile.mul_(jacobian)
     if out is not tile:
@@ -154,11 +164,12 @@ def differentiate(
 
 
 def weigh(weights: Tensor, labels: Tensor, coefficient: Tensor, at_label: Tensor, out: Tensor) -> None:
-    """∂L/∂x from a tile of kept ``weights`` exp(z − m) J: −coefficient · weights + 1[label] at_label, in ``out``.
+    """∂L/∂x from a tile of kept ``weights`` exp(z − m) J, in ``out``: −coefficient · weights, ``at_label`` at labels.
 
-    coefficient = g exp(m − lse) and at_label = g J(label), each [R].
+    coefficient = g exp(m − lse) and at_label = ``label_gradient`` · J(label), each [R].
     """
     torch.mul(weights, -coefficient.unsqueeze(1), out=out)
     inside = (labels >= 0) & (labels < out.shape[1])
     index = labels.clamp(0, out.shape[1] - 1).unsqueeze(1)
-    out.scatter_add_(1, index, torch.where(inside, at_label, 0.0).unsqueeze(1).to(out.dtype))
+    entry = torch.where(inside.unsqueeze(1), at_label.unsqueeze(1).to(out.dtype), out.gather(1, index))
+    out.scatter_(1, index, entry)

@@ -203,6 +203,7 @@ def _differentiate(
     grad_logp,
     entropy,
     grad_entropy,
+    at_label,
     out,
     out_stride,
     width: tl.float64,
@@ -219,6 +220,7 @@ def _differentiate(
     label = _label(labels, row, n_columns)
     log_total = tl.load(lse + row)
     g = tl.load(grad_logp + row)
+    label_gradient = tl.load(at_label + row)
     for start in range(0, BLOCK * N_BLOCKS, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < n_columns
@@ -227,7 +229,7 @@ def _differentiate(
         per_p = g
         if grad_entropy is not None:
             per_p = g + tl.load(grad_entropy + row) * (tl.maximum(log_p, -1e4) + tl.load(entropy + row))
-        gradient = (tl.where(columns == label, g, 0.0) - tl.exp(log_p) * per_p) * slope
+        gradient = tl.where(columns == label, label_gradient, -tl.exp(log_p) * per_p) * slope
         tl.store(out + row * out_stride + columns, gradient, mask=inside)
 
 
@@ -253,7 +255,7 @@ def _weigh(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < n_columns
         w = tl.load(weights + row * weights_stride + columns, mask=inside, other=0.0)
-        gradient = tl.where(columns == label, label_gradient, 0.0) - w * per_weight
+        gradient = tl.where(columns == label, label_gradient, w * -per_weight)
         tl.store(out + row * out_stride + columns, gradient, mask=inside)
 
 
@@ -349,6 +351,7 @@ def differentiate(
     grad_logp: Tensor,
     entropy: Tensor | None,
     grad_entropy: Tensor | None,
+    at_label: Tensor,
     out: Tensor,
 ) -> None:
     """See ``rows.differentiate``; the tile's content is lost only where it is the output."""
@@ -362,6 +365,7 @@ def differentiate(
             _vector(grad_logp),
             _vector(entropy),
             _vector(grad_entropy),
+            _vector(at_label),
             *_matrix(out),
             **_scalars(shape),
             **_blocks(tile),

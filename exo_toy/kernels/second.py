@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from exo_toy.checks import autocast_off
+
 
 def derivatives(
     function: Callable[..., tuple[Tensor, ...]],
@@ -18,8 +20,12 @@ def derivatives(
     """
     create_graph = torch.is_grad_enabled()
     device = next(x.device for x in inputs if x is not None)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        variables = [None if x is None else x.detach().requires_grad_() for x in (*grad_outputs, *inputs)]
+    with torch.enable_grad(), autocast_off(device):
+        # Views: the gradients below stop at them, those of higher order pass through.
+        variables = [
+            None if x is None else x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+            for x in (*grad_outputs, *inputs)
+        ]
         outer, inner = variables[: len(grad_outputs)], variables[len(grad_outputs) :]
         outputs = [(y, g) for y, g in zip(function(*inner), outer, strict=True) if g is not None]
         asked = [(x, c) for x, c in zip(inner, cotangents, strict=True) if x is not None and c is not None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exo_toy import checks
 from exo_toy.kernels import reference, second
-from exo_toy.kernels.rows import Shape, Statistics
+from exo_toy.kernels.rows import Shape, Statistics, label_gradient
 from exo_toy.kernels.tiles import Rows, Tile, accumulator_dtype, default_passes, piece, row_passes, tile_for
 
 
@@ -24,7 +24,7 @@ def selective_logps(
     .. math::
         \log p(y_i) = z_{i y_i} / \tau - \log \sum_v e^{z_{iv} / \tau}
 
-    Half types are computed and returned in float32. Forward and backward hold one tile beyond the logits and their
+    Half types are computed and returned in float32. Forward and backward hold a few tiles beyond the logits and their
     gradient. Inside ``torch.func`` transforms, and for second derivatives, plain torch computes the same.
 
     Source: the streaming log-sum-exp of Milakov and Gimelshein, arXiv:1805.02867.
@@ -64,7 +64,7 @@ def selective_logps(
     rows = logits if logits.ndim > 1 else logits.unsqueeze(0)
     sizes, passes = list(tile_for(logits.device)), default_passes(logits.device)
     logps, _ = forward(rows, labels.reshape(-1).long(), float(temperature), ignore_index, sizes, passes)
-    return logps.view(labels.shape)
+    return logps.view(labels.shape).clone()  # which the caller may change
 
 
 @torch.library.custom_op("exo_toy::selective_logps", mutates_args=())
@@ -74,7 +74,7 @@ def forward(
     """Log-probabilities and log Σ exp z, [n], of logits [..., V] with n rows."""
     tile, shape, row_pass = Tile(*sizes).of_rows(), Shape(None, temperature), row_passes(passes)
     sums = accumulator_dtype(logits.dtype)
-    with torch.autocast(logits.device.type, enabled=False):
+    with checks.autocast_off(logits.device):
         rows = Rows(labels, labels != ignore_index, logits.shape[-1], 0, ignore_index, tile)
         logits, index = _rows(logits, rows)
         seen = Statistics.empty(logits, rows.padded, sums, entropy=False)
@@ -99,6 +99,7 @@ def backward(
     grad_logps: Tensor,
     logits: Tensor,
     labels: Tensor,
+    logps: Tensor,
     lse: Tensor,
     temperature: float,
     ignore_index: int,
@@ -107,7 +108,7 @@ def backward(
 ) -> Tensor:
     """∂L/∂logits [..., V]: g (1[label] − softmax z) / τ."""
     tile, shape, row_pass = Tile(*sizes).of_rows(), Shape(None, temperature), row_passes(passes)
-    with torch.autocast(logits.device.type, enabled=False):
+    with checks.autocast_off(logits.device):
         rows = Rows(labels, (labels != ignore_index) & (grad_logps != 0), logits.shape[-1], 0, ignore_index, tile)
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         grad_rows = gradient.view(len(labels), logits.shape[-1])
@@ -115,13 +116,15 @@ def backward(
         if rows.index is not None:
             gradient.zero_()
         g, lse, targets = rows.vector(grad_logps.to(lse.dtype), 0.0), rows.vector(lse, 0.0), rows.vector(labels, -1)
+        at_label = label_gradient(rows.vector(logps, 0.0), g, None, None)
         memory = logits.new_empty(min(tile.block, rows.padded) * tile.columns, dtype=lse.dtype)
         for block in rows.blocks:
             for start in range(0, logits.shape[-1], tile.columns):
                 z = _tile(logits, index, block, start, tile, memory, passes)
                 columns = grad_rows[:, start : start + tile.columns]
                 out = columns[block] if rows.index is None else piece(memory, *z.shape)
-                row_pass.differentiate(z, targets[block] - start, None, shape, lse[block], g[block], None, None, out)
+                here = targets[block] - start
+                row_pass.differentiate(z, here, None, shape, lse[block], g[block], None, None, at_label[block], out)
                 if rows.index is not None:
                     columns.index_copy_(0, rows.index[block], out.to(gradient.dtype))
     return gradient
@@ -156,10 +159,10 @@ def _tile(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, labels, *ctx.options = inputs
-    _, lse = output
+    logps, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, lse)
+    ctx.save_for_backward(logits, labels, logps, lse)
 
 
 def _backward(ctx: Any, grad_logps: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -169,7 +172,7 @@ def _backward(ctx: Any, grad_logps: Tensor | None, _: None) -> tuple[Tensor | No
 
 
 def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_logps, logits, labels, _, *options = inputs
+    grad_logps, logits, labels, _, _, *options = inputs
     ctx.options = options[:2]
     ctx.save_for_backward(grad_logps, logits, labels)
 
@@ -179,7 +182,7 @@ def _second(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     (g_logps,), (g_logits,) = second.derivatives(
         lambda z: (reference.selective_logps(z, labels, *ctx.options),), (logits,), (grad_logps,), (cotangent,)
     )
-    return g_logps, g_logits, *(None,) * 6
+    return g_logps, g_logits, *(None,) * 7
 
 
 forward.register_autograd(_backward, setup_context=_save_for_backward)

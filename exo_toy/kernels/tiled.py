@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exo_toy.checks import autocast_off
 from exo_toy.kernels import rows as rows_torch
 from exo_toy.kernels import second, sharded
 from exo_toy.kernels.reference import linear_logps as reference_logps
@@ -84,7 +85,7 @@ def forward(
     tile, shape, row_pass = Tile(*sizes), Shape(softcap, temperature), row_passes(passes)
     outputs = empty_outputs(hidden, weight, entropy, frozen, save_budget, tile)
     logps, entropies, lse, kept, kept_maxima, slopes, entropy_slopes = outputs
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast_off(hidden.device):
         first_label, n_vocab = sharded.place(weight, group)
         rows = Rows(labels, labels != ignore_index, n_vocab, first_label, ignore_index, tile)
         if rows.n_live == 0:
@@ -228,7 +229,7 @@ def backward(
     tile, shape, row_pass = Tile(*sizes), Shape(softcap, temperature), row_passes(passes)
     want_hidden, want_weight, want_bias = wanted
     grad_hidden, grad_weight, grad_bias = empty_gradients(hidden, weight, bias, wanted)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast_off(hidden.device):
         live = labels != ignore_index
         if not frozen and len(kept) == 0 and group is None:
             # What the forward saved for its rows leaves no choice; nor may ranks differ.
@@ -252,7 +253,9 @@ def backward(
         # exp(z − ∞) = 0: padding has no probabilities.
         lse_rows = rows.vector(lse, torch.inf)
         entropy_rows = None if g_entropy is None else rows.vector(entropies, 0.0)
-        at_label = g * rows_torch.slope(rows.vector(logps, 0.0) + rows.vector(lse, 0.0), shape)
+        label_logps = rows.vector(logps, 0.0)
+        at_label = rows_torch.label_gradient(label_logps, g, entropy_rows, g_entropy)
+        at_label_product = at_label * rows_torch.slope(label_logps + rows.vector(lse, 0.0), shape)
         blocks = rows.matrix_blocks(hidden, dtype, tile)
         sum_hidden = hidden.new_zeros(rows.padded if want_hidden else 0, hidden.shape[1], dtype=sums)
         size = len(blocks[0]) * min(tile.columns, len(weight))
@@ -271,7 +274,7 @@ def backward(
                 weights = stored_tile(kept, rows.padded, start, stop, block)
                 if weights is not None:
                     coefficient = g[block] * (kept_maxima[step, block] - lse_rows[block]).exp()
-                    row_pass.weigh(weights, here, coefficient, at_label[block], grad_z)
+                    row_pass.weigh(weights, here, coefficient, at_label_product[block], grad_z)
                 else:
                     z = piece(memory, len(h), stop - start)
                     product_of_rows(z, h, w.t(), tile.rows)
@@ -284,6 +287,7 @@ def backward(
                         g[block],
                         None if entropy_rows is None else entropy_rows[block],
                         None if g_entropy is None else g_entropy[block],
+                        at_label[block],
                         grad_z,
                     )
                 if want_hidden:
