@@ -15,6 +15,7 @@ model, so that methods are compared in pairs. ``python -m analysis.alignment --h
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -74,7 +75,7 @@ class Setting:
     epochs: int = 2
     value_order: int = 1
     value_rate: float = 0.05
-    checkpoints: int = 20
+    checkpoints: int = 10
     n_modes: int = 3
 
 
@@ -82,16 +83,16 @@ class Setting:
 class Config(Setting):
     """Settings; the defaults are the reported run."""
 
-    betas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-    seeds: int = 8
+    betas: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
+    seeds: int = 6
     # Of the paired comparisons.
     resamples: int = 10_000
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 PRESETS = {
-    "quick": Config(length=4, betas=(0.1, 0.8), seeds=2, steps=60, tuning_steps=300, checkpoints=4),
-    "default": Config(length=5, betas=(0.1, 0.4, 1.6), seeds=5, steps=200, tuning_steps=800, checkpoints=8),
+    "quick": Config(length=4, betas=(0.1, 0.8), seeds=2, steps=60, tuning_steps=200, checkpoints=4),
+    "default": Config(length=5, betas=(0.1, 0.4, 1.6), seeds=3, steps=200, tuning_steps=400, checkpoints=8),
     "full": Config(),
 }
 
@@ -155,7 +156,7 @@ def aligned(setting: dict[str, Any], method: str, beta: float, seed: int) -> dic
     evaluator = Evaluator(reference, data, beta, options)
     at, rows, modes = set(checkpoints(options).tolist()), [], []
     # The first comes before the first step.
-    for step, _ in enumerate((None, *trained(policy, reference, data, options, method, beta, seed))):
+    for step, _ in enumerate(itertools.chain((None,), trained(policy, reference, data, options, method, beta, seed))):
         if step in at:
             with torch.no_grad():
                 log_pi = policy.log_probs()
@@ -339,10 +340,11 @@ def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
             name: _spread(values[:, m], config) for m, name in enumerate(METRICS)
         }
     for a, b in COMPARED:
-        for beta in config.betas:
-            found["differences"].setdefault(f"{a} - {b}", {})[_name(beta)] = {
-                name: _spread(final[a, beta][:, m] - final[b, beta][:, m], config) for m, name in enumerate(METRICS)
-            }
+        for i, beta in enumerate(config.betas):
+            difference = final[a, beta] - final[b, beta]
+            measured = {name: _spread(difference[:, m], config) for m, name in enumerate(METRICS)}
+            measured["below_frontier"] = _spread(arrays[f"{a}_below"][i] - arrays[f"{b}_below"][i], config)
+            found["differences"].setdefault(f"{a} - {b}", {})[_name(beta)] = measured
     found["least_room_below_frontier"] = min(_room(arrays[method], arrays["frontier"]) for method in METHODS)
     return found
 

@@ -368,6 +368,42 @@ def _model_step(results: Results) -> Outcome:
     return Outcome(text, _holds_if(all(difference <= rounding**0.5 for difference in differences)))
 
 
+def _frontier(results: Results) -> Outcome:
+    """Distances below the exact frontier and rewards at the end of training, in pairs of the same seed."""
+    stored = results["alignment"]
+    differences = stored.number("differences")
+    closer = {pair: _signs(betas, "below_frontier") for pair, betas in differences.items()}
+    higher = {pair: _signs(betas, "oracle_reward") for pair, betas in differences.items()}
+    pairs = ("exo_rw - ppo", "ppo - dpo_rw")
+    # Less below the frontier and more reward are what the paper reports of the first of each pair.
+    orders = [closer[pair][beta] == -1 and higher[pair][beta] == 1 for pair in pairs for beta in closer[pair]]
+    below = stored.number("below_frontier")
+    means = "; ".join(
+        f"β={beta}: " + ", ".join(f"{LOOKS[name]} {below[name][beta]['mean']:.2f}" for name in LOOKS)
+        for beta in below["exo_rw"]
+    )
+    said = {-1: "less", 0: "no clear difference", 1: "more"}
+    signs = "; ".join(
+        f"{pair}: " + ", ".join(f"{said[sign]} at β={beta}" for beta, sign in closer[pair].items())
+        for pair in differences
+    )
+    verdict = Verdict.HOLDS if all(orders) else Verdict.CONDITIONAL if any(orders) else Verdict.FAILS
+    return Outcome(
+        f"nats of oracle reward below the exact frontier: {means}. Paired by seed (95 % intervals): {signs}", verdict
+    )
+
+
+LOOKS = {"exo_rw": "EXO-rw", "ppo": "PPO", "dpo_rw": "DPO-rw", "exo_pref": "EXO-pref", "dpo_pref": "DPO-pref"}
+
+
+def _signs(differences: Mapping[str, Measured], name: str) -> dict[str, int]:
+    """The sign of each difference, 0 where its interval holds 0."""
+    return {
+        beta: 1 if found[name]["low"] > 0 else -1 if found[name]["high"] < 0 else 0
+        for beta, found in differences.items()
+    }
+
+
 def _step(step: Measured) -> str:
     return f"{step['peak_bytes'] / 2**20:,.0f} MiB and {step['median_seconds']:.2f} s"
 
@@ -504,9 +540,14 @@ CLAIMS = (
         "C13",
         "IMDB: EXO has the best frontier of oracle reward against KL(π_θ‖π_sft), and the highest reward at equal "
         "training steps",
-        "Section 4, IMDB",
-        paper_value="figure",
-        why_not="planned: the experiment in miniature",
+        "Section 4, IMDB; here in a world of reviews where all is exact",
+        function="exo_toy.evaluation.frontier, exo_toy.training.align, exo_toy.training.ppo",
+        test="tests/test_analysis_alignment.py",
+        script="analysis/alignment.py",
+        figure="alignment",
+        paper_value="EXO above PPO above DPO (figure)",
+        evaluate=_frontier,
+        should_hold=False,
     ),
     Claim(
         "C14",

@@ -17,7 +17,7 @@ PANELS = {
 }
 
 CAPTIONS = {
-    "alignment_frontier": """\
+    "alignment": """\
 Oracle reward against KL(policy || reference), both exact, means over prompts. Black: the frontier, traced by the
 optimal policies of the oracle's reward; no policy can be above it. Dotted black: the optimal policies of the reward
 models, which is where methods on the reward model would end with unlimited capacity and data (mean over seeds). Best of
@@ -70,7 +70,7 @@ def _draw_frontier(results: style.StoredResult, out_dir: Path) -> list[Path]:
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4)
-    paths = style.save(figure, "alignment_frontier", out_dir)
+    paths = style.save(figure, "alignment", out_dir)
     plt.close(figure)
     return paths
 

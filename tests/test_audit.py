@@ -1,5 +1,6 @@
 """The audit of a log: what is read and refused, numbers against oracles and exact values, files, figure, command."""
 
+import errno
 import io
 import json
 import math
@@ -84,6 +85,12 @@ def test_candidates_and_messages_are_read():
     assert first == (1, None, "p", [0.5, 2.0, -1.0], [-3.0, -1.0, -4.5], [-2.0, -2.5, -3.0])
     assert (second.line, second.prompt) == (2, json.dumps(messages))
     assert third == (3, None, "q", [1.0, 0.0], None, None)
+
+
+def test_a_prompt_is_no_number_whatever_it_holds(tmp_path):
+    messages = [{"role": "user", "content": math.nan}]
+    _, (document,) = run(tmp_path, lines({**GOOD, "prompt": messages}))
+    assert document["prompt"] == json.dumps(messages)
 
 
 def changed(**fields: object) -> str:
@@ -435,6 +442,12 @@ def test_nothing_is_left_of_what_fails(tmp_path):
     with pytest.raises(RuntimeError), audit.staged(tmp_path / "out") as folder:
         (folder / audit.SUMMARY).write_text("half")
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path):
+    with pytest.raises(audit.AuditError, match="out: cannot be written: No space left"), audit.staged(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -258,6 +258,71 @@ def test_each_prompt_may_have_completions_of_its_own(device, build, eos):
     assert_close(policy.log_prob(shared.expand(2, -1, -1)), policy.log_prob(shared))
 
 
+AUTOREGRESSIVE = [*NEURAL.values(), TABLES["kgram"]]
+autoregressive_policies = pytest.mark.parametrize("build", AUTOREGRESSIVE, ids=[*NEURAL, "kgram"])
+
+
+@each_eos
+@autoregressive_policies
+def test_tokens_have_the_conditionals_of_the_table(device, build, eos):
+    """Of the completions that agree up to a token: the share of those that agree in it too. After the end it is 0."""
+    space = SequenceSpace(4, 3, eos)
+    policy = randomised(build, space, n_prompts=2).to(device)
+    strings, p = sequence_strategies.completions(space), policy.log_probs().exp().tolist()
+    expected = [
+        [
+            [
+                math.log(
+                    math.fsum(
+                        mass for mass, other in zip(row, strings, strict=True) if other[: t + 1] == string[: t + 1]
+                    )
+                    / math.fsum(mass for mass, other in zip(row, strings, strict=True) if other[:t] == string[:t])
+                )
+                if t < sequence_oracles.length(string, eos)
+                else 0.0
+                for t in range(3)
+            ]
+            for string in strings
+        ]
+        for row in p
+    ]
+    found = policy.token_log_probs(space.tokens().to(device))
+    assert found.dtype == torch.float64
+    assert_close(found.flatten(1), torch.tensor(expected, dtype=torch.float64).flatten(1))
+    assert (found[:, ~space.counted(space.tokens())] == 0.0).all()
+
+
+@each_eos
+@autoregressive_policies
+def test_tokens_sum_to_their_completion(device, build, eos):
+    """Shared completions and each prompt's own, with gradients."""
+    space = SequenceSpace(4, 3, eos)
+    policy = randomised(build, space, n_prompts=2).to(device)
+    index = torch.randint(space.size, (2, 7), generator=torch.Generator().manual_seed(0))
+    for tokens in (space.tokens(index), space.tokens(index[0]), space.tokens(index).to(torch.int8)):
+        tokens = tokens.to(device)
+        of_tokens = policy.token_log_probs(tokens)
+        assert of_tokens.shape == (2, 7, 3) and (of_tokens <= 0).all()
+        assert_close(of_tokens.sum(-1), policy.log_prob(tokens))
+    wanted, found = (
+        torch.autograd.grad(values.square().sum(), list(policy.parameters()), materialize_grads=True)
+        for values in (
+            policy.log_probs().gather(-1, index.to(device)),
+            policy.token_log_probs(space.tokens(index).to(device)).sum(-1),
+        )
+    )
+    for gradient, one in zip(found, wanted, strict=True):
+        assert_close(gradient, one, scale=one.abs().max().item())
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3), torch.zeros(1, 2, dtype=torch.int64), torch.full((2, 3), 4)])
+def test_tokens_that_are_no_completions_are_refused(bad):
+    policy = TABLES["kgram"](SequenceSpace(4, 3), n_prompts=1, generator=None)
+    with pytest.raises(ValueError, match="tokens must"):
+        policy.token_log_probs(bad)
+
+
 @pytest.mark.parametrize("eos", [None, 3])
 @neural_policies
 def test_spaces_too_large_to_enumerate(build, eos):

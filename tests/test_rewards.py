@@ -128,6 +128,99 @@ def test_additive_differentiates_with_respect_to_the_token_rewards():
     assert gradient.tolist() == [[1.0, 2.0], [1.0, 1.0]]
 
 
+# Sums of k-grams
+
+
+def kgram_reward(space: SequenceSpace, order: int, n_prompts: int, generator: torch.Generator) -> rewards.KGramReward:
+    """Weights drawn for every prompt."""
+    reward = rewards.KGramReward(space, order, n_prompts=n_prompts)
+    for parameter in reward.parameters():
+        parameter.data = sequence_strategies.normal(tuple(parameter.shape), generator)
+    return reward
+
+
+@given(data=st.data(), generator=sequence_strategies.generators())
+def test_kgram_rewards_agree_with_the_oracle(device, data, generator):
+    space = data.draw(sequence_strategies.spaces())
+    order = data.draw(sequence_strategies.orders(space))
+    n_prompts = data.draw(sequence_strategies.prompt_counts(space))
+    reward = kgram_reward(space, order, n_prompts, generator)
+    assert [tuple(w.shape) for w in reward.weights] == sequence_strategies.table_shapes(space, order, n_prompts)
+    expected = [
+        [
+            sequence_oracles.path_sum(
+                string, [w[x].tolist() for w in reward.weights], space.vocab_size, space.eos, order
+            )
+            for string in sequence_strategies.completions(space)
+        ]
+        for x in range(n_prompts)
+    ]
+    assert_close(reward.to(device).table(), expected)
+
+
+@given(data=st.data(), generator=sequence_strategies.generators())
+def test_kgram_rewards_of_given_completions_are_those_of_the_table(data, generator):
+    """Each prompt has completions of its own; values and gradients."""
+    space = data.draw(sequence_strategies.spaces())
+    order = data.draw(sequence_strategies.orders(space))
+    reward = kgram_reward(space, order, 2, generator)
+    index = torch.randint(space.size, (2, 7), generator=generator)
+    given_ones, looked_up = reward.reward(space.tokens(index)), reward.table().gather(-1, index)
+    assert given_ones.dtype == torch.float64
+    assert_close(given_ones, looked_up)
+    pull = sequence_strategies.normal((2, 7), generator)
+    gradients, wanted = (
+        torch.autograd.grad((pull * values).sum(), list(reward.parameters())) for values in (given_ones, looked_up)
+    )
+    for gradient, one in zip(gradients, wanted, strict=True):
+        assert_close(gradient, one)
+
+
+@given(
+    space=sequence_strategies.spaces(min_vocab=2, max_vocab=3, max_length=4), generator=sequence_strategies.generators()
+)
+def test_kgram_rewards_of_the_whole_past_express_every_reward(space, generator):
+    """The weights of all tokens but the last are nothing, those of the last the reward."""
+    wanted = sequence_strategies.normal((2, space.size), generator)
+    reward = rewards.KGramReward(space, space.length - 1, n_prompts=2)
+    assert_close(reward.table(), torch.zeros_like(wanted))
+    with torch.no_grad():
+        for i, string in enumerate(sequence_strategies.completions(space)):
+            *_, (t, context, token) = sequence_oracles.steps(string, space.eos, space.length)
+            number = sequence_oracles.context_number(context, space.vocab_size, space.eos)
+            reward.weights[t][:, number, token] = wanted[:, i]
+    assert torch.equal(reward.table(), wanted)
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+def test_kgram_rewards_of_less_express_fewer(eos):
+    """The projection of a drawn reward on their span leaves a rest."""
+    space = SequenceSpace(3, 3, eos)
+    wanted = sequence_strategies.normal((space.size,), torch.Generator().manual_seed(0))
+    for order in (0, 1, 2):
+        reward = rewards.KGramReward(space, order)
+        parameters = list(reward.parameters())
+        rows = [
+            torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters, retain_graph=True)])
+            for value in reward.table()[0]
+        ]
+        features = torch.stack(rows)
+        rest = wanted - features @ (torch.linalg.pinv(features) @ wanted)
+        assert (rest.norm().item() < 1e-10) is (order == 2)
+
+
+def test_kgram_rewards_need_not_enumerate():
+    reward = rewards.KGramReward(SequenceSpace(10, 50, eos=3), 1)
+    with torch.no_grad():
+        for weights in reward.weights:
+            weights.fill_(0.5)
+    tokens = torch.full((1, 2, 50), 3)
+    tokens[0, 1, :20] = 9
+    assert reward.reward(tokens).tolist() == [[0.5, 10.5]]
+    with pytest.raises(ValueError, match="above the space's memory_budget"):
+        reward.table()
+
+
 # The two-mode reference case
 
 
@@ -239,6 +332,22 @@ MODE = torch.tensor([[0, 1]])
         (
             lambda: rewards.random(SPACE, scale=1.0, generator=torch.Generator(), n_prompts=0),
             "n_prompts must be an integer of at least 1; got 0",
+        ),
+        (lambda: rewards.KGramReward(SPACE, 0, n_prompts=0), "n_prompts must be an integer of at least 1; got 0"),
+        (lambda: rewards.KGramReward(SPACE, 2), r"order must be in 0\.\.1 .*; got 2"),
+        (lambda: rewards.KGramReward(SPACE, -1), "order must be an integer of at least 0; got -1"),
+        (lambda: rewards.KGramReward(SPACE, 1.0), r"order must be an integer of at least 0; got 1\.0"),
+        (
+            lambda: rewards.KGramReward(SequenceSpace(100, 9), 5),
+            "the tables of KGramReward of order 5 would take .* above the space's memory_budget",
+        ),
+        (
+            lambda: rewards.KGramReward(SPACE, 0).reward(torch.tensor([[[2, 0]]])),
+            "tokens must hold nothing but the eos, 2, after an eos",
+        ),
+        (
+            lambda: rewards.KGramReward(SPACE, 0).reward(torch.tensor([[[0, 3]]])),
+            r"tokens must be in 0\.\.2; got 3",
         ),
     ],
 )

@@ -94,6 +94,59 @@ def test_subtree_sizes_count_the_completions_under_a_prefix():
     assert SequenceSpace(3, 3).subtree_sizes == (27, 9, 3, 1)
 
 
+# Contexts and counted tokens
+
+
+def test_contexts_by_hand():
+    """Base 2 over the tokens 0 and 2, first token most significant, no more than two of them."""
+    space = SequenceSpace(3, 4, eos=1)
+    tokens = torch.tensor([[2, 0, 2, 2], [0, 2, 1, 1]])
+    assert space.contexts(tokens, order=0).tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert space.contexts(tokens, order=1).tolist() == [[0, 1, 0, 1], [0, 0, 1, 0]]
+    assert space.contexts(tokens, order=2).tolist() == [[0, 1, 2, 1], [0, 0, 1, 0]]
+    assert space.contexts(tokens, order=3)[0].tolist() == [0, 1, 2, 5]
+    assert space.counted(tokens).tolist() == [[True] * 4, [True, True, True, False]]
+
+
+@given(space=sequence_strategies.spaces(), data=st.data())
+def test_contexts_of_counted_tokens_agree_with_the_oracle(device, space, data):
+    order = data.draw(sequence_strategies.orders(space))
+    tokens = space.tokens().to(device)
+    contexts, counted = space.contexts(tokens, order=order), space.counted(tokens)
+    assert contexts.shape == counted.shape == tokens.shape
+    assert contexts.dtype == torch.int64 and counted.dtype == torch.bool
+    for string, row, counts in zip(
+        sequence_strategies.completions(space), contexts.tolist(), counted.tolist(), strict=True
+    ):
+        steps = list(sequence_oracles.steps(string, space.eos, order))
+        assert counts == [t < len(steps) for t in range(space.length)]
+        numbers = [sequence_oracles.context_number(context, space.vocab_size, space.eos) for _, context, _ in steps]
+        assert row[: len(steps)] == numbers
+    # Also where it means nothing the number is that of an entry, for look-ups to be masked afterwards.
+    for t in range(space.length):
+        assert 0 <= contexts[:, t].min() and contexts[:, t].max() < space.n_contexts(t, order=order)
+
+
+@given(space=sequence_strategies.spaces(), data=st.data())
+def test_contexts_and_counts_take_any_shape_and_integers(space, data):
+    order = data.draw(sequence_strategies.orders(space))
+    index = torch.tensor(data.draw(st.lists(st.integers(0, space.size - 1), min_size=6, max_size=6)))
+    tokens, shaped = space.tokens(index), space.tokens(index).view(2, 3, -1)
+    assert space.counted(tokens).sum(-1).tolist() == space.lengths()[index].tolist()
+    for method in (lambda some: space.contexts(some, order=order), space.counted):
+        assert method(shaped).flatten(0, 1).equal(method(tokens))
+        assert method(tokens[0]).equal(method(tokens)[0])
+        assert method(tokens[:0]).shape == (0, space.length)
+        assert method(tokens.to(torch.int8)).equal(method(tokens))
+
+
+def test_contexts_of_small_integers_do_not_overflow():
+    """Base 10 to the ninth place, of tokens that fit in a byte."""
+    space = SequenceSpace(10, 10)
+    contexts = space.contexts(torch.full((1, 10), 9, dtype=torch.int8), order=9)
+    assert contexts.tolist() == [[10**t - 1 for t in range(10)]]
+
+
 # Identity, and spaces too large to enumerate
 
 
