@@ -290,7 +290,12 @@ class KGramReward(nn.Module):
     def reward(self, tokens: Int[Tensor, "X M T"]) -> Float64[Tensor, "X M"]:
         """The reward of given completions of every prompt; enumerates nothing."""
         self.space.require_completions(tokens)
-        prompts = torch.arange(len(self.weights[0])).unsqueeze(-1)
+        n_prompts = len(self.weights[0])
+        if tokens.ndim != 3 or len(tokens) != n_prompts:
+            wanted = f"[{n_prompts}, M, {self.space.length}]"
+            raise ValueError(f"tokens must have shape {wanted}; got {list(tokens.shape)}")
+        tokens = tokens.to(torch.int64)
+        prompts = torch.arange(n_prompts).unsqueeze(-1)
         contexts = self.space.contexts(tokens, order=self.order)
         terms = [
             weights[prompts, context, token]

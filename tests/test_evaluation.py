@@ -316,3 +316,35 @@ REWARD = table([[0.0, 1.0]])
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# The ends of the frontier, and weights where the reference is zero
+
+
+def log(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("p", "rewards", "best"),
+    [
+        ([[0.5, 0.5], [0.5, 0.5]], [[0.0, 1e5], [0.0, 1.0]], (1e5 + 1) / 2),
+        ([[0.25, 0.25, 0.5]], [[0.0, 1 - 1e-5, 1.0]], 1.0),
+        ([[0.5, 0.5, 0.0]], [[0.0, 1.0, 1e6]], 1.0),
+    ],
+    ids=["prompts of different scale", "a small gap at the top", "outside the support"],
+)
+def test_a_large_divergence_reaches_the_best(p, rewards, best):
+    reward = torch.tensor(rewards, dtype=torch.float64)
+    assert frontier(log(*p), reward, kl=5.0) == (best, 0.0)
+    # The restriction to the best completions has exactly this divergence.
+    end = sum(-math.log(max(row[i] for i in range(len(row)) if row[i] > 0)) for row in p) / len(p)
+    almost = frontier(log(*p), reward, kl=end - 1e-3)
+    assert almost.beta > 0
+    assert almost.reward < best
+
+
+def test_weights_count_only_where_the_reference_is():
+    log_ref, log_pi = log([0.5, 0.5, 0.0]), log([0.2, 0.8, 0.0])
+    share = effective_share(0.5 * (log_pi - log_ref), log_ref)
+    assert_close(share, effective_share(0.5 * (log_pi - log_ref)[:, :2], log_ref[:, :2]))

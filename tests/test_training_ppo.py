@@ -16,7 +16,7 @@ from exo_toy.policies.autoregressive import AutoregressivePolicy
 from exo_toy.spaces import SequenceSpace
 from exo_toy.targets import optimal_policy
 from exo_toy.training import ppo, ppo_loss
-from exo_toy.training.ppo import ValueTable, rewards_to_go
+from exo_toy.training.proximal import ValueTable, rewards_to_go
 from tests import sequence_oracles, sequence_strategies
 from tests.tolerances import assert_close
 
@@ -266,7 +266,7 @@ def test_full_tables_come_to_the_optimal_policy(eos):
 
 def test_each_step_descends_fresh_samples_for_so_many_epochs(monkeypatch):
     """The ratio starts at 1, advantages and old log-probabilities stay, and the values are fitted meanwhile."""
-    module = sys.modules["exo_toy.training.ppo"]  # the package's attribute of this name is the function
+    module = sys.modules["exo_toy.training.proximal"]
     policy, ref, reward = world(1)
     seen = []
 
@@ -296,7 +296,7 @@ def test_each_step_descends_fresh_samples_for_so_many_epochs(monkeypatch):
 
 def test_values_are_fitted_to_what_is_to_come(monkeypatch):
     """With the policy held still they come to the conditional mean of the samples' rewards to go."""
-    module = sys.modules["exo_toy.training.ppo"]
+    module = sys.modules["exo_toy.training.proximal"]
     policy, ref, reward = world(1)
     tables = []
 

@@ -8,7 +8,7 @@
 """
 
 from exo_toy.training.exact import Optimum, minimize
-from exo_toy.training.ppo import ppo, ppo_loss
+from exo_toy.training.proximal import ppo, ppo_loss
 from exo_toy.training.sampled import align, draw_candidates, fine_tune, fit_reward, label_pairs, train
 
 __all__ = [

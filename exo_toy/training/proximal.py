@@ -143,7 +143,9 @@ def ppo(
     Raises:
         ValueError: an argument out of range; at the first step, not at the call.
     """
-    checks.require_integer("epochs", epochs, at_least=1)
+    for name, number in {"batch_size": batch_size, "steps": steps, "epochs": epochs}.items():
+        checks.require_integer(name, number, at_least=1)
+    checks.require_positive(learning_rate=learning_rate, value_learning_rate=value_learning_rate)
     value = ValueTable(policy.space, value_order, n_prompts=policy.n_prompts)
     descent = Descent(policy.parameters(), steps * epochs, learning_rate)
     value_descent = Descent(value.parameters(), steps * epochs, value_learning_rate)
