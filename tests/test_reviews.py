@@ -98,9 +98,9 @@ def test_the_expected_odds_of_the_authors_are_the_prior():
 
 def test_negation_turns_what_follows_and_intensifiers_carry_it():
     world = ReviewWorld(length=6)
-    reward = dict(zip(("plain", "smiling", "early", "not"), world.oracle_reward(), strict=True))
+    reward = dict(zip((opening.text for opening in world.openings), world.oracle_reward(), strict=True))
 
-    def odds(text: str, opening: str = "plain") -> float:
+    def odds(text: str, opening: str = "I saw it:") -> float:
         return reward[opening][world.index(text)].item()
 
     assert odds("good .") > 0 > odds("bad .")
@@ -110,8 +110,10 @@ def test_negation_turns_what_follows_and_intensifiers_carry_it():
     assert odds("not very good .") == pytest.approx(-odds("very good ."))
     assert odds("not not good .") == pytest.approx(odds("good ."))
     assert odds("not film good .") == pytest.approx(odds("good ."))
-    assert odds("good .", "not") == pytest.approx(odds("not good ."))
-    assert odds("good .", "smiling") == pytest.approx(odds("good .") + 1.5)
+    assert odds("good .", "It is not") == pytest.approx(odds("not good ."))
+    assert odds("good .", "It is very") == pytest.approx(odds("very good ."))
+    assert odds("good .", "It is not very") == pytest.approx(odds("not very good ."))
+    assert odds("good .", "I came out smiling:") == pytest.approx(odds("good .") + 1.5)
 
 
 def test_the_reward_is_no_sum_over_tokens():
