@@ -1,82 +1,32 @@
-"""The paper's experiment in miniature: every stage of alignment in a world of reviews, every axis exact.
+"""The paper's experiment in miniature: reward against divergence, with every axis exact and the frontier known.
 
-A policy of limited capacity is fine-tuned on what people write (one for all runs: the reference). Each run then draws
-completions from it, K to a prompt and group; an oracle labels pairs of them; a reward model is fitted to the labels;
-and the reference is aligned with one method:
-
-* exo_rw, dpo_rw: on the groups, with the reward model's rewards, beta_pi = beta_r = sqrt(beta);
-* exo_pref, dpo_pref: on the labelled pairs themselves, with beta;
-* ppo: with the reward model's rewards and fresh completions at each step, as many as the others take from the data;
-* sft: maximum likelihood of the chosen completions, without a beta.
-
-Along its training everything is evaluated on all completions. Runs of one seed share completions, labels and reward
-model, so that methods are compared in pairs. ``python -m analysis.alignment --help`` lists the settings.
+Every method of :mod:`analysis.pipeline` at several temperatures and seeds, measured along its training.
+``python -m analysis.alignment --help`` lists the settings.
 """
 
-import copy
-import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from analysis import runner
+from analysis.pipeline import (
+    METHODS,
+    METRICS,
+    Setting,
+    aligned,
+    checkpoints,
+    drawn,
+    fine_tuned,
+    mean_over_seeds,
+    point,
+    setting_of,
+)
 from exo_toy import logspace
-from exo_toy.divergences import entropy, kl_divergence
-from exo_toy.estimators import bootstrap_mean
-from exo_toy.evaluation import effective_share, frontier, win_rate
-from exo_toy.losses import dpo_loss, dpo_rw_loss, exo_pref_loss, exo_rw_loss
-from exo_toy.policies import GRUPolicy, KGramPolicy, LowRankPolicy, TransformerPolicy, closest_kgram
-from exo_toy.policies.autoregressive import AutoregressivePolicy
-from exo_toy.reviews import ReviewWorld
 from exo_toy.targets import best_of_n, optimal_policy
-from exo_toy.training import align, draw_candidates, fine_tune, fit_reward, label_pairs, ppo
 
-METHODS = ("exo_rw", "dpo_rw", "exo_pref", "dpo_pref", "ppo", "sft")
 # Differences that are reported, seed by seed.
 COMPARED = (("exo_rw", "ppo"), ("exo_rw", "dpo_rw"), ("ppo", "dpo_rw"), ("exo_pref", "dpo_pref"))
-PAIRED = ("exo_pref", "dpo_pref", "sft")
-# What is measured of each prompt at a checkpoint; "model" is the reward model, "optimum" belongs to either reward.
-METRICS = (
-    "oracle_reward", "model_reward", "kl_to_reference", "entropy",
-    "oracle_objective", "model_objective",
-    "oracle_kl_to_optimum", "oracle_kl_from_optimum", "model_kl_to_optimum", "model_kl_from_optimum",
-    "win_against_reference", "win_against_chosen", "effective_share",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One world, one reference, one data set per seed: all of a run but its method, temperature and seed."""
-
-    length: int = 6
-    policy: str = "gru"
-    size: int = 8
-    tuning_steps: int = 1500
-    tuning_batch: int = 64
-    tuning_rate: float = 0.02
-    # Completions of each prompt: the sample budget of all methods but PPO, which takes its own.
-    completions: int = 1024
-    k: int = 4
-    hard_labels: bool = False
-    reward_order: int = 1
-    ridge: float = 0.01
-    label_smoothing: float = 1e-3
-    # beta_pi / beta_r of the losses on rewards.
-    split: float = 1.0
-    steps: int = 400
-    batch: int = 64
-    rate: float = 0.01
-    epochs: int = 2
-    value_order: int = 1
-    value_rate: float = 0.05
-    checkpoints: int = 10
-    n_modes: int = 3
 
 
 @dataclass(frozen=True)
@@ -95,23 +45,6 @@ PRESETS = {
     "default": Config(length=5, betas=(0.1, 0.4, 1.6), seeds=3, steps=200, tuning_steps=400, checkpoints=8),
     "full": Config(),
 }
-
-
-class Reference(NamedTuple):
-    """The fine-tuned policy, as module and as table, and the world it is of."""
-
-    world: ReviewWorld
-    policy: AutoregressivePolicy
-    log_ref: Tensor
-    oracle: Tensor
-
-
-class Data(NamedTuple):
-    """What a seed draws: groups [X, G, K], labelled pairs [X, P, 2], and the reward model's table [X, N]."""
-
-    groups: Tensor
-    pairs: Tensor
-    model: Tensor
 
 
 def run(config: Config) -> runner.Result:
@@ -137,158 +70,6 @@ def run(config: Config) -> runner.Result:
     return runner.Result(numbers(config, arrays), arrays)
 
 
-def setting_of(config: Config, **changed: Any) -> dict[str, Any]:
-    """The settings of a run in plain values."""
-    own = {field.name for field in fields(Setting)}
-    return {**{name: value for name, value in asdict(config).items() if name in own}, **changed}
-
-
-def checkpoints(setting: Setting) -> np.ndarray:
-    """Steps after which a policy is evaluated: the start, then evenly to the end."""
-    return np.unique(np.round(np.linspace(0, setting.steps, setting.checkpoints + 1)).astype(int))
-
-
-def aligned(setting: dict[str, Any], method: str, beta: float, seed: int) -> dict[str, np.ndarray]:
-    """One run: metrics [C, M, X] and masses of the modes [C, X, m] at each checkpoint."""
-    options = Setting(**setting)
-    reference, data = fine_tuned(options), drawn(options, seed)
-    policy = copy.deepcopy(reference.policy)
-    evaluator = Evaluator(reference, data, beta, options)
-    at, rows, modes = set(checkpoints(options).tolist()), [], []
-    # The first comes before the first step.
-    for step, _ in enumerate(itertools.chain((None,), trained(policy, reference, data, options, method, beta, seed))):
-        if step in at:
-            with torch.no_grad():
-                log_pi = policy.log_probs()
-            rows.append(evaluator.metrics(log_pi).numpy())
-            modes.append(evaluator.modes(log_pi).numpy())
-    kl, value = (rows[-1][METRICS.index(name)].mean().item() for name in ("kl_to_reference", "oracle_reward"))
-    best = frontier(reference.log_ref, reference.oracle, kl=max(0.0, kl)).reward
-    return {"metrics": np.stack(rows), "modes": np.stack(modes), "below_frontier": np.array(best - value)}
-
-
-@functools.cache
-def fine_tuned(setting: Setting) -> Reference:
-    """The reference: the same in every process."""
-    world = ReviewWorld(length=setting.length)
-    generator = torch.Generator().manual_seed(0)
-    log_human = world.log_human()
-    policy = build(setting, world, generator)
-    if isinstance(policy, KGramPolicy):
-        # Its likelihood is maximised in closed form.
-        policy = closest_kgram(world.space, log_human, setting.size)
-    else:
-        tuning = {"batch_size": setting.tuning_batch, "steps": setting.tuning_steps}
-        for _ in fine_tune(policy, log_human, learning_rate=setting.tuning_rate, generator=generator, **tuning):
-            pass
-    with torch.no_grad():
-        return Reference(world, policy, policy.log_probs(), world.oracle_reward())
-
-
-def build(setting: Setting, world: ReviewWorld, generator: torch.Generator) -> AutoregressivePolicy:
-    """An untrained policy for all prompts."""
-    space, size, n_prompts = world.space, setting.size, world.n_prompts
-    if setting.policy == "kgram":
-        return KGramPolicy(space, size, n_prompts=n_prompts)
-    if setting.policy == "low_rank":
-        return LowRankPolicy(space, size, n_prompts=n_prompts, generator=generator)
-    if setting.policy == "transformer":
-        return TransformerPolicy(space, size, 2, 1, n_prompts=n_prompts, generator=generator)
-    if setting.policy == "gru":
-        return GRUPolicy(space, size, n_prompts=n_prompts, generator=generator)
-    raise ValueError(f'policy must be "kgram", "low_rank", "gru" or "transformer"; got {setting.policy!r}')
-
-
-@functools.lru_cache(maxsize=16)
-def drawn(setting: Setting, seed: int) -> Data:
-    """Completions, labels and reward model of a seed."""
-    reference = fine_tuned(setting)
-    generator = torch.Generator().manual_seed(1 + seed)
-    groups = draw_candidates(reference.log_ref, setting.completions // setting.k, setting.k, generator)
-    pairs = groups.flatten(1).unflatten(1, (-1, 2))
-    pairs = label_pairs(pairs, reference.oracle, None if setting.hard_labels else generator)
-    model = fit_reward(reference.world.space, pairs, order=setting.reward_order, ridge=setting.ridge)
-    return Data(groups, pairs, model.table())
-
-
-def trained(
-    policy: AutoregressivePolicy,
-    reference: Reference,
-    data: Data,
-    setting: Setting,
-    method: str,
-    beta: float,
-    seed: int,
-) -> Iterator[float]:
-    """The steps of one method's training."""
-    generator = torch.Generator().manual_seed(1_000_000 + seed)
-    shared: dict[str, Any] = {"steps": setting.steps, "learning_rate": setting.rate, "generator": generator}
-    if method == "ppo":
-        return ppo(
-            policy,
-            reference.policy,
-            data.model,
-            beta=beta,
-            batch_size=setting.batch,
-            epochs=setting.epochs,
-            value_order=setting.value_order,
-            value_learning_rate=setting.value_rate,
-            **shared,
-        )
-    groups = data.pairs if method in PAIRED else data.groups
-    loss = group_loss(method, beta, setting)
-    batch_size = setting.batch // groups.shape[-1]
-    return align(policy, groups, reference.log_ref, data.model, loss, batch_size=batch_size, **shared)
-
-
-def group_loss(method: str, beta: float, setting: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The loss of groups of candidates [B, K] -> [B]; of pairs with the chosen completion first."""
-    beta_pi, beta_r, eps = math.sqrt(beta * setting.split), math.sqrt(beta / setting.split), setting.label_smoothing
-    losses: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "exo_rw": lambda log_pi, log_ref, r: exo_rw_loss(log_pi - log_ref, r, beta_pi=beta_pi, beta_r=beta_r),
-        "dpo_rw": lambda log_pi, log_ref, r: dpo_rw_loss(log_pi - log_ref, r, beta_pi=beta_pi, beta_r=beta_r),
-        "exo_pref": lambda log_pi, log_ref, _: (
-            exo_pref_loss(*log_pi.T, *log_ref.T, beta=beta, label_smoothing=eps).losses
-        ),
-        "dpo_pref": lambda log_pi, log_ref, _: dpo_loss(*log_pi.T, *log_ref.T, beta=beta).losses,
-        "sft": lambda log_pi, _, __: -log_pi[:, 0],
-    }
-    return losses[method]
-
-
-class Evaluator:
-    """All that is measured of a policy of one run, on all completions."""
-
-    def __init__(self, reference: Reference, data: Data, beta: float, setting: Setting) -> None:
-        self.log_ref, self.beta = reference.log_ref, beta
-        self.rewards = {"oracle": reference.oracle, "model": data.model}
-        self.optima = {name: optimal_policy(self.log_ref, r, beta=beta)[0] for name, r in self.rewards.items()}
-        # The chosen completions, each as likely as it is frequent among them.
-        chosen = data.pairs[..., 0]
-        share = torch.full(chosen.shape, 1 / chosen.shape[-1], dtype=torch.float64)
-        self.log_chosen = torch.zeros_like(self.log_ref).scatter_add_(-1, chosen, share).log()
-        self.mode_index = self.optima["oracle"].topk(setting.n_modes).indices
-
-    def metrics(self, log_pi: Tensor) -> Tensor:
-        """[M, X] in the order of ``METRICS``."""
-        kl = kl_divergence(log_pi, self.log_ref)
-        values = {"kl_to_reference": kl, "entropy": entropy(log_pi)}
-        for name, reward in self.rewards.items():
-            values[f"{name}_reward"] = logspace.expectation(log_pi, reward)
-            values[f"{name}_objective"] = values[f"{name}_reward"] - self.beta * kl
-            values[f"{name}_kl_to_optimum"] = kl_divergence(log_pi, self.optima[name])
-            values[f"{name}_kl_from_optimum"] = kl_divergence(self.optima[name], log_pi)
-        oracle = self.rewards["oracle"]
-        values["win_against_reference"] = win_rate(log_pi, self.log_ref, oracle)
-        values["win_against_chosen"] = win_rate(log_pi, self.log_chosen, oracle)
-        values["effective_share"] = effective_share(math.sqrt(self.beta) * (log_pi - self.log_ref), self.log_ref)
-        return torch.stack([values[name] for name in METRICS])
-
-    def modes(self, log_pi: Tensor) -> Tensor:
-        """[X, m] masses of the completions that the optimum of the oracle's reward likes best."""
-        return log_pi.gather(-1, self.mode_index).exp()
-
-
 def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     """The frontier of oracle reward against divergence, and best of n by either reward: what is exact by itself."""
     reference = fine_tuned(Setting(**setting))
@@ -296,12 +77,12 @@ def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     frontier_points = []
     for beta in np.geomspace(min(config.betas) / 4, 50 * max(config.betas), 80):
         log_pi, _ = optimal_policy(log_ref, oracle, beta=float(beta))
-        frontier_points.append((*_point(log_pi, log_ref, oracle), beta))
-    by_oracle = [_point(best_of_n(log_ref, oracle, n=n), log_ref, oracle) for n in config.best_of]
+        frontier_points.append((*point(log_pi, log_ref, oracle), beta))
+    by_oracle = [point(best_of_n(log_ref, oracle, n=n), log_ref, oracle) for n in config.best_of]
     models = [drawn(Setting(**setting), seed).model for seed in range(config.seeds)]
-    by_model = [[_point(best_of_n(log_ref, model, n=n), log_ref, oracle) for n in config.best_of] for model in models]
+    by_model = [[point(best_of_n(log_ref, model, n=n), log_ref, oracle) for n in config.best_of] for model in models]
     optima_of_models = [
-        [_point(optimal_policy(log_ref, model, beta=beta)[0], log_ref, oracle) for beta in config.betas]
+        [point(optimal_policy(log_ref, model, beta=beta)[0], log_ref, oracle) for beta in config.betas]
         for model in models
     ]
     # What a perfect optimiser of the reward model reaches, [betas, seeds].
@@ -319,11 +100,6 @@ def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def _point(log_pi: Tensor, log_ref: Tensor, reward: Tensor) -> tuple[float, float]:
-    """(KL to the reference, reward), means over prompts."""
-    return kl_divergence(log_pi, log_ref).mean().item(), logspace.expectation(log_pi, reward).mean().item()
-
-
 def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Final means with their spread over seeds, distance below the frontier, paired differences between methods."""
     found: dict[str, Any] = {"metrics": list(METRICS), "final": {}, "below_frontier": {}, "differences": {}}
@@ -335,15 +111,17 @@ def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     }
     for (method, beta), values in final.items():
         below = arrays[f"{method}_below"][config.betas.index(beta)]
-        found["below_frontier"].setdefault(method, {})[_name(beta)] = _spread(below, config)
+        found["below_frontier"].setdefault(method, {})[_name(beta)] = mean_over_seeds(below, config.resamples)
         found["final"].setdefault(method, {})[_name(beta)] = {
-            name: _spread(values[:, m], config) for m, name in enumerate(METRICS)
+            name: mean_over_seeds(values[:, m], config.resamples) for m, name in enumerate(METRICS)
         }
     for a, b in COMPARED:
         for i, beta in enumerate(config.betas):
             difference = final[a, beta] - final[b, beta]
-            measured = {name: _spread(difference[:, m], config) for m, name in enumerate(METRICS)}
-            measured["below_frontier"] = _spread(arrays[f"{a}_below"][i] - arrays[f"{b}_below"][i], config)
+            measured = {name: mean_over_seeds(difference[:, m], config.resamples) for m, name in enumerate(METRICS)}
+            measured["below_frontier"] = mean_over_seeds(
+                arrays[f"{a}_below"][i] - arrays[f"{b}_below"][i], config.resamples
+            )
             found["differences"].setdefault(f"{a} - {b}", {})[_name(beta)] = measured
     found["least_room_below_frontier"] = min(_room(arrays[method], arrays["frontier"]) for method in METHODS)
     return found
@@ -357,13 +135,6 @@ def _room(metrics: np.ndarray, points: np.ndarray) -> float:
 
 def _name(beta: float) -> str:
     return f"{beta:g}"
-
-
-def _spread(values: np.ndarray, config: Config) -> dict[str, float]:
-    """Mean over seeds and its bootstrap interval."""
-    table = torch.from_numpy(np.ascontiguousarray(values))
-    low, high = bootstrap_mean(table, generator=torch.Generator().manual_seed(0), n_resamples=config.resamples)
-    return {"mean": table.mean().item(), "low": low.item(), "high": high.item()}
 
 
 if __name__ == "__main__":

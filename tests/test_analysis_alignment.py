@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from analysis import alignment
-from analysis.alignment import METHODS, METRICS, PRESETS, Config, Evaluator, Setting, aligned, drawn, fine_tuned
+from analysis.alignment import PRESETS, Config
+from analysis.pipeline import (
+    METHODS,
+    METRICS,
+    Evaluator,
+    Setting,
+    aligned,
+    drawn,
+    fine_tuned,
+    group_loss,
+    setting_of,
+)
 from exo_toy.losses import exo_rw_loss
 from exo_toy.targets import optimal_policy
 from tests import oracles
@@ -16,7 +27,7 @@ TINY = Config(
     length=3, size=3, tuning_steps=5, tuning_batch=8, completions=32, steps=4, batch=16, checkpoints=2,
     betas=(0.2, 1.0), seeds=2, resamples=50, best_of=(1, 4),
 )  # fmt: skip
-SETTING = alignment.setting_of(TINY)
+SETTING = setting_of(TINY)
 OPTIONS = Setting(**SETTING)
 
 
@@ -107,7 +118,7 @@ def test_runs_of_a_seed_share_their_data_and_are_reproducible():
 
 @pytest.mark.parametrize("split", [1.0, 4.0])
 def test_the_split_keeps_the_product(split):
-    loss = alignment.group_loss("exo_rw", 0.3, Setting(split=split))
+    loss = group_loss("exo_rw", 0.3, Setting(split=split))
     log_pi, log_ref, rewards = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).double()
     beta_pi, beta_r = math.sqrt(0.3 * split), math.sqrt(0.3 / split)
     assert_close(beta_pi * beta_r, 0.3)
