@@ -32,7 +32,7 @@ from exo_toy.divergences import kl_divergence
 from exo_toy.finite_k import expected_dpo_rw_loss, expected_exo_rw_loss
 from exo_toy.losses import dpo_loss, exo_pref_loss
 from exo_toy.objectives import alignment_objective
-from exo_toy.policies import KGramPolicy
+from exo_toy.policies import closest_kgram
 from exo_toy.preferences import bradley_terry, expected_preference_loss
 from exo_toy.reviews import ReviewWorld
 from exo_toy.targets import optimal_policy
@@ -47,8 +47,6 @@ GIVEN = {**dict.fromkeys(REWARDED, "model"), **dict.fromkeys(PAIRED, "oracle")}
 COMPARED = (("exo_rw", "ppo"), ("ppo", "dpo_rw"), ("exo_rw", "dpo_rw"), ("exo_pref", "ppo"), ("exo_pref", "dpo_pref"))
 # What is compared; below_frontier the less the better.
 MEASURES = ("oracle_reward", "oracle_objective", "kl_to_reference", "kl_to_given_optimum", "below_frontier")
-# Of the exact minimisation; J is flat where the optimal policy hardly goes.
-ITERATIONS = 20_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,10 @@ class Config(Setting):
     limit_orders: tuple[int, ...] = (0, 1, 2)
     limit_completions: tuple[int, ...] = (1024, 4096, 16384, 65536)
     limit_steps: int = 800
+    # Of tables of logits, of which a batch reaches few.
+    table_rate: float = 0.1
+    # Of the exact minimisation; J is flat where the optimal policy hardly goes.
+    limit_iterations: int = 20_000
 
 
 PRESETS = {
@@ -79,13 +81,13 @@ PRESETS = {
         length=3, seeds=2, tuning_steps=200, steps=40,
         k_values=(2, 16), label_smoothing_values=(1e-3, 0.3), split_values=(0.125, 8.0),
         completions_values=(128, 1024), capacity_values=(0, 2), reward_order_values=(0, 2),
-        limit_length=2, limit_orders=(0, 1), limit_completions=(1024, 4096), limit_steps=100,
+        limit_length=2, limit_orders=(0, 1), limit_completions=(1024, 4096), limit_steps=100, limit_iterations=2000,
     ),
     "default": Config(
         length=4, seeds=2, tuning_steps=400, steps=100,
         k_values=(2, 64), label_smoothing_values=(1e-3, 0.3), split_values=(0.125, 8.0),
         completions_values=(128, 1024), capacity_values=(0, 3), reward_order_values=(1, 3),
-        limit_length=2, limit_orders=(0, 1), limit_completions=(1024, 16384), limit_steps=200,
+        limit_length=2, limit_orders=(0, 1), limit_completions=(1024, 16384), limit_steps=200, limit_iterations=2000,
     ),
     "full": Config(),
 }  # fmt: skip
@@ -104,10 +106,10 @@ def axes(config: Config) -> dict[str, tuple[tuple[Any, ...], tuple[str, ...]]]:
     }
 
 
-def changed(axis: str, value: float) -> dict[str, Any]:
+def changed(config: Config, axis: str, value: float) -> dict[str, Any]:
     """The settings that a value of an axis stands for."""
     if axis == "capacity":
-        return {"policy": "kgram", "size": value}
+        return {"policy": "kgram", "size": value, "rate": config.table_rate}
     if axis == "hard_labels":
         return {"hard_labels": bool(value)}
     return {axis: value}
@@ -122,9 +124,14 @@ def run(config: Config) -> runner.Result:
     for axis, (values, methods) in axes(config).items():
         for value in values:
             for method in methods:
-                points[axis, value, method] = setting_of(config, checkpoints=1, **changed(axis, value))
+                points[axis, value, method] = setting_of(config, checkpoints=1, **changed(config, axis, value))
     limit = {"length": config.limit_length, "policy": "kgram", "size": config.limit_length - 1}
-    limit |= {"reward_order": config.limit_length - 1, "steps": config.limit_steps, "checkpoints": 1}
+    limit |= {
+        "reward_order": config.limit_length - 1,
+        "steps": config.limit_steps,
+        "checkpoints": 1,
+        "rate": config.table_rate,
+    }
     for value in config.limit_completions:
         for method in METHODS:
             points["limit_completions", value, method] = setting_of(config, **limit, completions=value)
@@ -144,23 +151,27 @@ def run(config: Config) -> runner.Result:
         same = [{"setting": setting, "method": method, "beta": config.beta, "seed": s} for s in range(config.seeds)]
         return measured([results[repr(case)] for case in same], method)
 
-    numbers: dict[str, Any] = {"base": {m: spread(of_seeds("", 0, m), config) for m in METHODS}, "axes": {}}
-    varied = {axis: values for axis, (values, _) in axes(config).items()} | {
-        "limit_completions": config.limit_completions
+    def entry(axis: str, value: float) -> dict[str, Any]:
+        """What an axis' value does to the methods that it concerns, and to their differences from any other."""
+        own = [method for method in METHODS if (axis, value, method) in points]
+        seen = {method: of_seeds(axis, value, method) for method in METHODS}
+        differences = {
+            f"{a} - {b}": {name: seen[a][name] - seen[b][name] for name in MEASURES}
+            for a, b in COMPARED
+            if a in own or b in own
+        }
+        return {
+            "methods": {method: spread(seen[method], config) for method in own},
+            "differences": {pair: spread(difference, config) for pair, difference in differences.items()},
+        }
+
+    numbers: dict[str, Any] = {
+        "base": entry("", 0),
+        "axes": {
+            **{axis: {f"{v:g}": entry(axis, v) for v in values} for axis, (values, _) in axes(config).items()},
+            "limit_completions": {f"{v:g}": entry("limit_completions", v) for v in config.limit_completions},
+        },
     }
-    for axis, values in varied.items():
-        numbers["axes"][axis] = {}
-        for value in values:
-            seen = {method: of_seeds(axis, value, method) for method in METHODS}
-            own = [method for method in METHODS if (axis, value, method) in points]
-            numbers["axes"][axis][f"{value:g}"] = {
-                "methods": {method: spread(seen[method], config) for method in own},
-                "differences": {
-                    f"{a} - {b}": spread({name: seen[a][name] - seen[b][name] for name in MEASURES}, config)
-                    for a, b in COMPARED
-                    if a in own or b in own
-                },
-            }
     limits = [{"config": limit_settings(config), "method": m, "order": k} for m in METHODS for k in config.limit_orders]
     found = runner.map_cases(limit_of, limits)
     numbers["limits"] = {
@@ -194,7 +205,7 @@ def spread(measures: dict[str, np.ndarray], config: Config) -> dict[str, dict[st
 
 def limit_settings(config: Config) -> dict[str, Any]:
     """What the exact limits depend on."""
-    names = ("limit_length", "beta", "k", "split", "label_smoothing")
+    names = ("limit_length", "limit_iterations", "beta", "k", "split", "label_smoothing")
     return {name: getattr(config, name) for name in names}
 
 
@@ -204,9 +215,10 @@ def limit_of(*, config: dict[str, Any], method: str, order: int) -> dict[str, fl
     # The full table: what people write is the reference.
     log_ref, oracle = world.log_human(), world.oracle_reward()
     star, _ = optimal_policy(log_ref, oracle, beta=config["beta"])
-    objective = expected_loss(method, log_ref, oracle, **{n: v for n, v in config.items() if n != "limit_length"})
-    policy = KGramPolicy(world.space, order, n_prompts=world.n_prompts)
-    optimum = minimize(policy, objective, max_iterations=ITERATIONS, certify=False)
+    settings = {name: value for name, value in config.items() if not name.startswith("limit_")}
+    objective = expected_loss(method, log_ref, oracle, **settings)
+    policy = closest_kgram(world.space, log_ref, order)
+    optimum = minimize(policy, objective, max_iterations=config["limit_iterations"], certify=False)
     log_pi = policy.log_probs().detach()
     return {
         "kl_to_optimum": kl_divergence(log_pi, star).mean().item(),
