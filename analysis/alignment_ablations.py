@@ -70,6 +70,7 @@ class Config(Setting):
     limit_orders: tuple[int, ...] = (0, 1, 2)
     limit_completions: tuple[int, ...] = (1024, 4096, 16384, 65536)
     limit_steps: int = 800
+    limit_batch: int = 512
     # Of tables of logits, of which a batch reaches few.
     table_rate: float = 0.1
     # Of the exact minimisation; J is flat where the optimal policy hardly goes.

@@ -17,7 +17,7 @@ TINY = Config(
     length=2, size=2, tuning_steps=5, tuning_batch=8, completions=32, steps=3, batch=16, seeds=2, resamples=50,
     k_values=(2, 4), label_smoothing_values=(0.3,), split_values=(2.0,), completions_values=(32, 64),
     capacity_values=(0, 1), reward_order_values=(0,), hard_labels_values=(0, 1),
-    limit_length=2, limit_orders=(0, 1), limit_completions=(64,), limit_steps=3,
+    limit_length=2, limit_orders=(0, 1), limit_completions=(64,), limit_steps=3, limit_batch=16,
     limit_iterations=1000,
 )  # fmt: skip
 
