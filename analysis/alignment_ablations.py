@@ -126,12 +126,15 @@ def run(config: Config) -> runner.Result:
         for value in values:
             for method in methods:
                 points[axis, value, method] = setting_of(config, checkpoints=1, **changed(config, axis, value))
-    limit = {"length": config.limit_length, "policy": "kgram", "size": config.limit_length - 1}
-    limit |= {
+    limit = {
+        "length": config.limit_length,
+        "policy": "kgram",
+        "size": config.limit_length - 1,
         "reward_order": config.limit_length - 1,
-        "steps": config.limit_steps,
-        "checkpoints": 1,
         "rate": config.table_rate,
+        "steps": config.limit_steps,
+        "batch": config.limit_batch,
+        "checkpoints": 1,
     }
     for value in config.limit_completions:
         for method in METHODS:
