@@ -18,7 +18,7 @@ FLOORS = {
     0: {"checks", "logspace"},
     1: {"divergences", "kernels", "laplace", "losses", "spaces"},
     2: {"policies", "reviews", "rewards", "targets"},
-    3: {"automata", "estimators", "evaluation", "finite_k", "objectives"},
+    3: {"automata", "estimators", "evaluation", "finite_k", "gradient_noise", "objectives", "preferences"},
     4: {"theorems", "training"},
     5: {"audit", "integrations", "lab", "plots", "testing"},
     6: {"cli"},
