@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@if [ -e $(VENV)/.installing ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && rm -f $(INSTALLED) && touch $(VENV)/.installing
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e '.[figures,experiments,test]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -e '.[dask,figures,experiments,test]'
 	@mv $(VENV)/.installing $(INSTALLED) && touch $(INSTALLED)
 
 test: $(INSTALLED)

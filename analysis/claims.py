@@ -4,6 +4,7 @@ The verdicts are computed from stored results alone. The paper is Ji et al., arX
 by argument order. What an experiment must provide is listed beside the function that reads it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -436,14 +437,14 @@ def _limits(results: Results) -> Outcome:
 def _gradient_noise(results: Results) -> Outcome:
     """Noise over signal of EXO-rw and PPO at equal K, on the same policies; gradient_noise provides
 
-    ``trainings.<training>.<beta>.<stage>``: geometric means over seeds, per sample, with ``exo_over_other.<other>.<K>``.
+    ``trainings.<training>.<beta>.<stage>``: geometric means over seeds, per sample; ``exo_over_other.<other>.<K>``.
     """
     trainings = results["gradient_noise"].number("trainings")
     names = {"exo_rw": "EXO-rw", "ppo": "PPO"}
     betas = list(trainings["ppo"])
     start = trainings["ppo"][betas[0]]["start"]
     at_start, paired = start["exo_over_other"]["ppo"], start["exo_over_other"]["leave_one_out"]
-    first, last = list(at_start)[0], list(at_start)[-1]
+    first, *_, last = at_start
     # By training, temperature, stage and K: is EXO-rw less noisy than PPO, in all of the interval?
     less = [
         ratio["high"] < 1
@@ -478,6 +479,42 @@ def _gradient_noise(results: Results) -> Outcome:
     )
     verdict = Verdict.HOLDS if all(less) else Verdict.CONDITIONAL if any(less) else Verdict.FAILS
     return Outcome(text, verdict)
+
+
+REVIEWS = {
+    "rw": ("on the model's rewards, K={k}", "exo_rw", "dpo_rw"),
+    "rw_many": ("on the model's rewards, K={many}", "exo_rw", "dpo_rw"),
+    "pref": ("on the oracle's labels", "exo_pref", "dpo_pref"),
+}
+VERDICTS = ("as claimed", "in part", "mixed", "no clear difference", "the reverse")
+
+
+def _review_ratios(results: Results) -> Outcome:
+    """EXO against DPO at each opening, in pairs of the same seed; alignment_ratios provides, for each of ``REVIEWS``,
+
+    ``<kind>.verdicts.<opening>`` (distances of rho from rho* and mass on pi*'s modes) and ``<kind>.exact.<policy>``.
+    """
+    stored = results["alignment_ratios"]
+    openings = stored.number("openings")
+    text: list[str] = []
+    said: list[str] = []
+    for kind, (where, *pair) in REVIEWS.items():
+        verdicts, exact = stored.number(f"{kind}.verdicts"), stored.number(f"{kind}.exact")
+        found = [verdicts[opening]["verdict"] for opening in openings]
+        said += found
+        counts = ", ".join(f"{verdict} at {found.count(verdict)}" for verdict in VERDICTS if verdict in found)
+        means = ", ".join(_of_policy(LOOKS[method], exact[method]["all openings"]) for method in pair)
+        text.append(f"{where.format(**stored.config)}: {counts}; {means}")
+    claimed = [verdict == "as claimed" for verdict in said]
+    verdict = Verdict.HOLDS if all(claimed) else Verdict.CONDITIONAL if any(claimed) else Verdict.FAILS
+    return Outcome(f"{len(openings)} openings, β={stored.config['beta']:g}; " + "; ".join(text), verdict)
+
+
+def _of_policy(name: str, mean: Measured) -> str:
+    share = math.exp(mean["log_mode_share"]["mean"])
+    return (
+        f"{name} {mean['distance_under_optimum']['mean']:.2f} nats from log ρ* under π*, {share:.2g} of its mode mass"
+    )
 
 
 LOOKS = {"exo_rw": "EXO-rw", "ppo": "PPO", "dpo_rw": "DPO-rw", "exo_pref": "EXO-pref", "dpo_pref": "DPO-pref"}
@@ -646,10 +683,22 @@ CLAIMS = (
         "The density ratio of EXO's policy to π_sft follows π*'s and concentrates on its mode; DPO's does not",
         "Section 4, visualisation; seven prompts in the appendix",
         function="exo_toy.estimators.snis_density_ratio",
+        test="tests/test_analysis_alignment_ratios.py",
+        script="analysis/alignment_ratios.py",
+        figure="alignment_ratios",
+        paper_value="seven prompts, drawn",
+        evaluate=_review_ratios,
+        should_hold=False,
+    ),
+    Claim(
+        "C14a",
+        "The same in a space with two planted modes, policies of limited capacity",
+        "Section 4, visualisation",
+        function="exo_toy.estimators.snis_density_ratio",
         test="tests/test_analysis_density_ratio.py",
         script="analysis/density_ratio.py",
         figure="density_ratio",
-        paper_value="seven prompts, drawn",
+        paper_value="none",
         evaluate=_density_ratio,
     ),
     Claim(

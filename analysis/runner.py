@@ -9,6 +9,8 @@ An experiment is a module of this package with
 ``run`` called by itself writes nothing. Inside a :func:`session`, every finished case is kept in ``analysis/.cache``
 until the session ends; after an interruption the next session of the same label starts from there. A session that
 ends removes what it kept, so that running it again computes everything anew.
+
+Cases are evaluated by processes of this machine, or by the workers of a Dask cluster (:mod:`analysis.cluster`).
 """
 
 import argparse
@@ -19,7 +21,6 @@ import inspect
 import json
 import pickle
 import shutil
-import signal
 import sys
 import time
 import typing
@@ -34,10 +35,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from analysis import storage
-from exo_toy.cli import positive_integer
+from analysis import cluster, storage
+from analysis.cluster import ClusterError
+from exo_toy.cli import add_process_options
 
-EXPERIMENTS = ("objective_identity", "gradient_alignment", "mode_seeking", "density_ratio", "lm_step", "alignment")
+EXPERIMENTS = (
+    "objective_identity",
+    "gradient_alignment",
+    "mode_seeking",
+    "density_ratio",
+    "lm_step",
+    "alignment",
+    "alignment_ablations",
+    "alignment_ratios",
+    "gradient_noise",
+)
 PRESETS = ("quick", "default", "full")
 # Settings given one by one on the command line: never mistaken for a preset's results.
 CUSTOM = "custom"
@@ -54,9 +66,10 @@ class Result:
 
 @dataclasses.dataclass
 class Session:
-    """Where finished cases are kept, and how many there were."""
+    """Where finished cases are kept, what evaluates them, and how many there were."""
 
     cache: Path
+    backend: str = "loky"
     cases: int = 0
     resumed: int = 0
 
@@ -65,24 +78,44 @@ _session: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
 @contextmanager
-def session(label: str, *, jobs: int | None = None) -> Iterator[Session]:
-    """Experiments run in here use ``jobs`` processes (default: one per core) and can be resumed under this label."""
-    cores = joblib.cpu_count()
-    jobs = jobs or cores
-    current = Session(CACHE / label)
+def session(
+    label: str, *, jobs: int | None = None, backend: str = "loky", scheduler: str | None = None
+) -> Iterator[Session]:
+    """Experiments run in here evaluate their cases in parallel and can be resumed under this label.
+
+    Args:
+        label: of what is kept.
+        jobs: processes of this machine; one per core unless given.
+        backend: "loky", processes of this machine, or "dask", the workers of a Dask cluster.
+        scheduler: address of that cluster. Without it, one of ``jobs`` workers is started here and closed at the end.
+
+    Raises:
+        ClusterError: options that do not go together, no such cluster, or a worker with other sources than here.
+    """
+    if scheduler is not None and backend != "dask":
+        raise ClusterError(f"--scheduler {scheduler} needs --backend dask; got --backend {backend}")
+    if scheduler is not None and jobs is not None:
+        raise ClusterError(f"--jobs {jobs} does not change the cluster at {scheduler}; leave it out")
+    current = Session(CACHE / label, backend)
     token = _session.set(current)
-    # One process keeps torch's own threads; several share the cores between them.
-    processes: dict[str, Any] = {
-        "inner_max_num_threads": max(1, cores // jobs),
-        "initializer": _leave_interrupt_to_parent,
-    }
+    jobs = jobs or joblib.cpu_count()
     try:
-        with joblib.parallel_config("loky", n_jobs=jobs, **(processes if jobs > 1 else {})):
+        with cluster.workers(jobs, scheduler) if backend == "dask" else _processes(jobs):
             yield current
     finally:
         _session.reset(token)
     # Not reached after an exception: what is finished then waits for the next session.
     shutil.rmtree(current.cache, ignore_errors=True)
+
+
+def _processes(jobs: int) -> Any:
+    """Cases go to processes of this machine."""
+    # One process keeps torch's own threads; several share the cores between them.
+    processes: dict[str, Any] = {
+        "inner_max_num_threads": max(1, joblib.cpu_count() // jobs),
+        "initializer": cluster.leave_interrupt_to_parent,
+    }
+    return joblib.parallel_config("loky", n_jobs=jobs, **(processes if jobs > 1 else {}))
 
 
 def map_cases(function: Callable[..., Any], cases: Sequence[dict[str, Any]]) -> list[Any]:
@@ -101,22 +134,32 @@ def map_cases(function: Callable[..., Any], cases: Sequence[dict[str, Any]]) -> 
     current.cases += len(cases)
     current.resumed += sum(done)
     missing = [(entry, case) for entry, case, present in zip(entries, cases, done, strict=True) if not present]
-    tasks = (joblib.delayed(_evaluate_into)(entry, function, case) for entry, case in missing)
     title = function.__module__.rpartition(".")[2]
     with _progress(title, total=len(cases), completed=sum(done)) as advance:
-        for _ in joblib.Parallel(return_as="generator_unordered")(tasks):
+        for _ in _evaluate(function, missing):
             advance()
     return [pickle.loads(entry.read_bytes()) for entry in entries]
 
 
+def _evaluate(function: Callable[..., Any], missing: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[None]:
+    """Evaluate cases and keep their values, in any order; yields after each."""
+    # An experiment may ask joblib for another backend than its session's.
+    backend, _ = joblib.parallel.get_active_backend()
+    client = getattr(backend, "client", None)
+    if client is None:
+        tasks = (joblib.delayed(_evaluate_into)(entry, function, case) for entry, case in missing)
+        yield from joblib.Parallel(return_as="generator_unordered")(tasks)
+        return
+    entries = [entry for entry, _ in missing]
+    for i, value in cluster.values(client, function, [case for _, case in missing]):
+        _keep(entries[i], value)
+        yield
+
+
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Hash of every source that a case may depend on, and of the versions of what they import."""
-    files = {*(storage.ROOT / "exo_toy").rglob("*.py"), *(storage.ROOT / "analysis").glob("*.py")}
-    files.add(Path(inspect.getfile(function)).resolve())
-    digest = hashlib.sha256(json.dumps(storage.versions()).encode())
-    for file in sorted(files):
-        digest.update(f"{file}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    """Hash of everything that a case of this function may depend on beside its arguments."""
+    own = Path(inspect.getfile(function)).read_bytes()
+    return hashlib.sha256(json.dumps(cluster.origin()).encode() + own).hexdigest()
 
 
 def case_key(function: Callable[..., Any], case: dict[str, Any], source: str) -> str:
@@ -130,13 +173,11 @@ def case_key(function: Callable[..., Any], case: dict[str, Any], source: str) ->
 
 def _evaluate_into(entry: Path, function: Callable[..., Any], case: dict[str, Any]) -> None:
     """Evaluate a case and keep its value; in a worker, so that it is kept even if the parent has gone."""
-    value = function(**case)
+    _keep(entry, function(**case))
+
+
+def _keep(entry: Path, value: Any) -> None:
     storage.write_atomically(entry, lambda file: pickle.dump(value, file))
-
-
-def _leave_interrupt_to_parent() -> None:
-    """Ctrl-C reaches every process of the terminal; the parent alone answers it, and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -178,6 +219,7 @@ def run_and_store(name: str, preset: str, current: Session, *, overrides: dict[s
     result = module.run(config)
     run = {
         "wall_seconds": round(time.perf_counter() - start, 3),
+        "backend": current.backend,
         "cases": current.cases - cases,
         "cases_from_interrupted_run": current.resumed - resumed,
     }
@@ -194,20 +236,22 @@ def run_experiments(preset: str, current: Session) -> dict[str, storage.StoredRe
 def main(name: str, arguments: Sequence[str] | None = None) -> None:
     """Command line of one experiment, with an option for every setting: ``python -m analysis.<name>``."""
     config_class = importlib.import_module(f"analysis.{name}").Config
-    parser = argparse.ArgumentParser(
-        prog=f"python -m analysis.{name}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=f"python -m analysis.{name}", allow_abbrev=False)
+    parser.add_argument(
+        "--preset", choices=PRESETS, default=storage.REPORTED, help="settings to start from (default: %(default)s)"
     )
-    parser.add_argument("--preset", choices=PRESETS, default=storage.REPORTED, help="settings to start from")
-    parser.add_argument("--jobs", type=positive_integer, default=joblib.cpu_count(), help="processes")
+    add_process_options(parser)
     settings = parser.add_argument_group("settings", f"each overrides the preset's; stored as {CUSTOM!r} then")
     add_settings(settings, config_class)
     given = vars(parser.parse_args(arguments))
-    preset, jobs = given.pop("preset"), given.pop("jobs")
+    preset = given.pop("preset")
+    processes = {option: given.pop(option) for option in ("jobs", "backend", "scheduler")}
     label = f"{name}-{CUSTOM if given else preset}"
-    with session(label, jobs=jobs) as current:
-        print(run_and_store(name, preset, current, overrides=given))
+    try:
+        with session(label, **processes) as current:
+            print(run_and_store(name, preset, current, overrides=given))
+    except ClusterError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def add_settings(parser: "argparse._ArgumentGroup", config_class: type) -> None:

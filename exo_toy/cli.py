@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         size.add_argument("--full", dest="preset", action="store_const", const="full", help="the reported run")
         command.set_defaults(preset="default")
         if name != "figures":
-            command.add_argument("--jobs", type=positive_integer, metavar="N", help="processes (default: one per core)")
+            add_process_options(command)
     _add_audit(commands)
     return parser
 
@@ -85,6 +85,20 @@ def _add_audit(commands: Any) -> None:
     command.add_argument("--output", type=Path, metavar="DIR", help="to write to (default: FILE's name and .audit)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: %(default)s)")
     command.add_argument("--no-figure", dest="figure", action="store_false", help="leave the density ratios undrawn")
+
+
+def add_process_options(command: argparse.ArgumentParser) -> None:
+    """Where experiments evaluate their cases; shared with the command line of each experiment."""
+    command.add_argument("--jobs", type=positive_integer, metavar="N", help="processes (default: one per core)")
+    command.add_argument(
+        "--backend",
+        choices=("loky", "dask"),
+        default="loky",
+        help="processes of this machine, or workers of a Dask cluster (default: %(default)s)",
+    )
+    command.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of the Dask cluster (default: one of this machine, for this run)"
+    )
 
 
 def positive_integer(text: str) -> int:
@@ -135,14 +149,18 @@ def _verify(options: argparse.Namespace) -> int:
     report: Any = importlib.import_module("analysis.report")
     runner: Any = importlib.import_module("analysis.runner")
     console: Any = importlib.import_module("rich.console")
-    # To the end of the report: interrupted while drawing, nothing has to be computed again.
-    with runner.session(options.preset, jobs=options.jobs) as session:
-        results = runner.run_experiments(options.preset, session)
-        outcomes = report.judge_all(results)
-        if options.command == "reproduce":
-            _draw(options.preset)
-            size = "" if options.preset == "default" else f" --{options.preset}"
-            report.write_report(outcomes, results, options.preset, f"exo-toy reproduce{size}")
+    processes = {"jobs": options.jobs, "backend": options.backend, "scheduler": options.scheduler}
+    try:
+        # To the end of the report: interrupted while drawing, nothing has to be computed again.
+        with runner.session(options.preset, **processes) as session:
+            results = runner.run_experiments(options.preset, session)
+            outcomes = report.judge_all(results)
+            if options.command == "reproduce":
+                _draw(options.preset)
+                size = "" if options.preset == "default" else f" --{options.preset}"
+                report.write_report(outcomes, results, options.preset, f"exo-toy reproduce{size}")
+    except runner.ClusterError as error:
+        raise Missing(str(error)) from error
     report.print_table(outcomes, console.Console())
     failed = claims.failed(outcomes)
     if failed:

@@ -158,9 +158,13 @@ def test_reproduce_draws_and_writes_the_report(checkout):
     assert not list(checkout.rglob("*.part"))
 
 
-def test_an_interrupted_run_resumes_and_repeats_nothing(checkout):
+@pytest.mark.parametrize("backend", ["loky", "dask"])
+def test_an_interrupted_run_resumes_and_repeats_nothing(checkout, backend):
+    if backend == "dask":
+        pytest.importorskip("distributed", reason="the extra dask is not installed")
+    command = ["verify", "--quick", "--jobs", "2", "--backend", backend]
     (checkout / "hang").touch()
-    process = start(checkout, "verify", "--quick", "--jobs", "2")
+    process = start(checkout, *command)
     # The first experiment's case 1 hangs; its two others get done by the other worker.
     deadline = time.monotonic() + 60
     while len(evaluated(checkout)) < 2 and time.monotonic() < deadline:
@@ -173,18 +177,21 @@ def test_an_interrupted_run_resumes_and_repeats_nothing(checkout):
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert "exo-toy verify --quick --jobs 2" in err
+    assert f"exo-toy {' '.join(command)}`" in err
     assert not (checkout / "analysis" / "results").exists()
 
     (checkout / "hang").unlink()
-    code, _, err = run(checkout, "verify", "--quick", "--jobs", "2")
+    code, _, err = run(checkout, *command)
     assert code == 0, err
     assert "2/3 kept from an interrupted run" in err
     assert evaluated(checkout) == ALL
 
-    code, _, err = run(checkout, "verify", "--quick", "--jobs", "2")
-    assert code == 0, err
-    assert evaluated(checkout) == sorted(ALL * 2)
+
+def test_a_finished_run_is_not_resumed(checkout):
+    for times in (1, 2):
+        code, _, err = run(checkout, "verify", "--quick", "--jobs", "1")
+        assert code == 0, err
+        assert evaluated(checkout) == sorted(ALL * times)
 
 
 def test_figures_without_results_says_what_to_run(checkout):
@@ -232,7 +239,15 @@ def test_version_is_the_library_s(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["verify", "--quick", "--full"], ["verify", "--jobs", "0"], ["figures", "--jobs", "2"]]
+    "arguments",
+    [
+        [],
+        ["verify", "--quick", "--full"],
+        ["verify", "--jobs", "0"],
+        ["verify", "--backend", "spark"],
+        ["figures", "--jobs", "2"],
+        ["figures", "--backend", "dask"],
+    ],
 )
 def test_bad_options_are_refused(arguments):
     with pytest.raises(SystemExit) as exit_:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import exo_toy
 from analysis import runner, storage
 
 
@@ -104,6 +105,7 @@ def test_fingerprint_follows_library_experiments_versions_and_own_module(tmp_pat
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x = 1\n")
     monkeypatch.setattr(storage, "ROOT", root)
+    monkeypatch.setattr(exo_toy, "__file__", str(root / "exo_toy" / "__init__.py"))
     seen = [runner.fingerprint(square_and_log)]
     assert runner.fingerprint(square_and_log) == seen[0]
     for name in ("exo_toy/losses/a.py", "analysis/b.py"):
