@@ -206,3 +206,107 @@ def test_a_report_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
     assert (tmp_path / "paper_repro.md").read_text() == "old"
     report.write_report({C1: judge(C1, results)}, results, "quick", "x")
     assert (tmp_path / "paper_repro.md").read_text().startswith("# What the paper claims")
+
+
+def by_id(identifier: str) -> Claim:
+    return next(claim for claim in CLAIMS if claim.id == identifier)
+
+
+def minima(**gaps: float) -> dict:
+    """Results of alignment_ablations; the gap of J at the full table, half a nat below it."""
+    methods = ("exo_rw", "dpo_rw", "ppo", "exo_pref", "dpo_pref")
+    limits = {m: {"0": {"objective_gap": 0.5}, "1": {"objective_gap": gaps.get(m, 1e-12)}} for m in methods}
+    return {"alignment_ablations": stored("alignment_ablations", {"limits": limits})}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ({"exo_pref": 0.2}, Verdict.HOLDS),
+        # All meet, or one that should does not.
+        ({}, Verdict.FAILS),
+        ({"exo_pref": 0.2, "ppo": 1e-3}, Verdict.FAILS),
+        ({"exo_pref": 0.2, "dpo_pref": math.nan}, Verdict.FAILS),
+    ],
+)
+def test_methods_meet_in_the_limit_all_but_one(gaps, verdict):
+    outcome = judge(by_id("E3"), minima(**gaps))
+    assert outcome.verdict == verdict
+    assert "one order less: EXO-rw 0.5" in outcome.ours
+
+
+def compared(less: float, more: float) -> dict:
+    """A difference with its interval."""
+    return {"mean": (less + more) / 2, "low": less, "high": more}
+
+
+def pipeline_results(nearer: dict[str, tuple[float, float]]) -> dict:
+    """Results of alignment and its ablations, with one temperature and one change, in which pairs differ as given."""
+    methods = ("exo_rw", "ppo", "dpo_rw", "exo_pref", "dpo_pref")
+    differences = {
+        pair: {"below_frontier": compared(*nearer[pair]), "oracle_reward": compared(0.1, 0.2)} for pair in nearer
+    }
+    below = {method: {"0.4": {"mean": 0.3}} for method in methods}
+    main = {"differences": {pair: {"0.4": found} for pair, found in differences.items()}, "below_frontier": below}
+    changed = {"axes": {"k": {"2": {"differences": differences}}, "limit_completions": {"9": {"differences": {}}}}}
+    ablations = stored("alignment_ablations", changed)
+    ablations.config["beta"] = 0.4
+    return {"alignment": stored("alignment", main), "alignment_ablations": ablations}
+
+
+PAIRS = ("exo_rw - ppo", "ppo - dpo_rw", "exo_rw - dpo_rw", "exo_pref - dpo_pref")
+
+
+@pytest.mark.parametrize(
+    ("ppo_and_dpo", "verdict", "text"),
+    [
+        ((-0.2, -0.1), Verdict.HOLDS, "PPO nearer to the frontier than DPO-rw in 1 of 1."),
+        ((0.1, 0.2), Verdict.CONDITIONAL, "PPO nearer to the frontier than DPO-rw in 0 of 1; farther at k=2."),
+        ((-0.1, 0.2), Verdict.CONDITIONAL, "PPO nearer to the frontier than DPO-rw in 0 of 1; no clear difference at"),
+    ],
+)
+def test_the_order_of_methods_and_where_it_turns(ppo_and_dpo, verdict, text):
+    nearer = {**dict.fromkeys(PAIRS, (-0.2, -0.1)), "ppo - dpo_rw": ppo_and_dpo}
+    outcome = judge(by_id("C13"), pipeline_results(nearer))
+    assert outcome.verdict == verdict
+    assert text in outcome.ours
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        (["as claimed", "as claimed"], Verdict.HOLDS),
+        (["as claimed", "the reverse"], Verdict.CONDITIONAL),
+        (["in part", "mixed"], Verdict.FAILS),
+    ],
+)
+def test_density_ratios_follow_at_every_opening_or_not(said, verdict):
+    exact = {"all openings": {"distance_under_optimum": {"mean": 1.0}, "log_mode_share": {"mean": math.log(0.25)}}}
+    kind = {"verdicts": {opening: {"verdict": one} for opening, one in zip("ab", said, strict=True)}}
+    kind["exact"] = dict.fromkeys(("exo_rw", "dpo_rw", "exo_pref", "dpo_pref"), exact)
+    result = stored("alignment_ratios", {"openings": ["a", "b"], "rw": kind, "rw_many": kind, "pref": kind})
+    result.config.update({"k": 4, "many": 32, "beta": 0.2})
+    outcome = judge(by_id("C14"), {"alignment_ratios": result})
+    assert outcome.verdict == verdict
+    assert "K=32" in outcome.ours and "1.00 nats from log ρ* under π*, 0.25 of its mode mass" in outcome.ours
+
+
+@pytest.mark.parametrize(
+    ("high", "verdict"),
+    [((0.9, 0.9), Verdict.HOLDS), ((0.9, 1.1), Verdict.CONDITIONAL), ((1.1, math.nan), Verdict.FAILS)],
+)
+def test_gradients_are_less_noisy_in_all_of_the_interval(high, verdict):
+    def stage(at_2: float, at_8: float) -> dict:
+        by_k = {"2": {"mean": 0.8, "high": at_2}, "8": {"mean": 0.7, "high": at_8}}
+        one = {"mean": 2.0}
+        return {
+            "exo_over_other": {"ppo": by_k, "leave_one_out": by_k},
+            "trace": {"exo_rw": {"8": one}, "ppo": one},
+            "noise_to_signal": {"none": {"mean": 6.0}, "best": one},
+        }
+
+    stages = {"start": stage(2.0, 2.0), "end": stage(*high)}
+    trainings = {training: {"0.4": stages} for training in ("exo_rw", "ppo")}
+    outcome = judge(by_id("C11"), {"gradient_noise": stored("gradient_noise", {"trainings": trainings})})
+    assert outcome.verdict == verdict
+    assert "3 to 3 times the noise" in outcome.ours
