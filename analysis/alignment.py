@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from analysis import runner
 from analysis.pipeline import (
     METHODS,
     METRICS,
+    Evaluator,
     Setting,
     aligned,
     checkpoints,
@@ -27,6 +29,8 @@ from exo_toy.targets import best_of_n, optimal_policy
 
 # Differences that are reported, seed by seed.
 COMPARED = (("exo_rw", "ppo"), ("exo_rw", "dpo_rw"), ("ppo", "dpo_rw"), ("exo_pref", "dpo_pref"))
+# What does not depend on a temperature: told of the best of n too.
+OUTCOMES = ("kl_to_reference", "oracle_reward", "model_reward", "win_against_reference", "win_against_chosen")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,14 @@ def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
         [point(optimal_policy(log_ref, model, beta=beta)[0], log_ref, oracle) for beta in config.betas]
         for model in models
     ]
+    # The best of the most by the reward model, measured as the policies are, [seeds, M, X].
+    options = Setting(**setting)
+    best = [
+        Evaluator(reference, data, config.betas[0], options).metrics(
+            best_of_n(log_ref, data.model, n=config.best_of[-1])
+        )
+        for data in (drawn(options, seed) for seed in range(config.seeds))
+    ]
     # What a perfect optimiser of the reward model reaches, [betas, seeds].
     model_objective = [
         [(beta * optimal_policy(log_ref, model, beta=beta)[1]).mean().item() for model in models]
@@ -95,6 +107,7 @@ def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
         "frontier": np.array(frontier_points),
         "best_of_n_oracle": np.array(by_oracle),
         "best_of_n_model": np.array(by_model),
+        "best_of_n_metrics": torch.stack(best).numpy(),
         "optimum_of_model": np.array(optima_of_models),
         "reference_reward": logspace.expectation(log_ref, oracle).numpy(),
     }
@@ -123,6 +136,9 @@ def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
                 arrays[f"{a}_below"][i] - arrays[f"{b}_below"][i], config.resamples
             )
             found["differences"].setdefault(f"{a} - {b}", {})[_name(beta)] = measured
+    best = arrays["best_of_n_metrics"].mean(-1)
+    found["best_of_n"] = {name: mean_over_seeds(best[:, METRICS.index(name)], config.resamples) for name in OUTCOMES}
+    found["best_of_n"]["n"] = config.best_of[-1]
     found["least_room_below_frontier"] = min(_room(arrays[method], arrays["frontier"]) for method in METHODS)
     return found
 

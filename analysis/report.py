@@ -7,7 +7,18 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import storage
-from analysis.claims import CLAIMS, WIN_RATE_COLUMNS, WIN_RATES, Claim, Outcome, Results, Verdict, judge
+from analysis.claims import (
+    CLAIMS,
+    LOOKS,
+    WIN_RATE_COLUMNS,
+    WIN_RATES,
+    Claim,
+    Measured,
+    Outcome,
+    Results,
+    Verdict,
+    judge,
+)
 
 REPORT = storage.ROOT / "paper_repro.md"
 COLORS = {Verdict.HOLDS: "green", Verdict.CONDITIONAL: "yellow", Verdict.FAILS: "red", Verdict.NOT_TESTED: "dim"}
@@ -70,11 +81,37 @@ def render(outcomes: Mapping[Claim, Outcome], results: Results, preset: str, com
         lines += [f"### {title}", "", *_row(WIN_RATE_COLUMNS), *_row("---" for _ in WIN_RATE_COLUMNS)]
         lines += [line for method, *rates in rows for line in _row((method, *(f"{rate:.1f}" for rate in rates)))]
         lines += [""]
+    if "alignment" in results:
+        lines += ["### In the world of reviews", "", *_outcomes(results["alignment"]), ""]
     lines += ["## How the results came about", ""]
     columns = ("experiment", "date", "commit", "seed", "cases", "seconds", "python", *storage.PACKAGES)
     lines += [*_row(columns), *_row("---" for _ in columns)]
     lines += [line for stored in results.values() for line in _row(_origin(stored))]
     return "\n".join(lines) + "\n"
+
+
+def _outcomes(stored: storage.StoredResult) -> list[str]:
+    """What each method reached in the miniature of the experiment, as the tables above have it."""
+    columns = ("method", "β", "KL to the reference", "oracle reward", "win % vs reference", "win % vs chosen")
+    scales = {"kl_to_reference": 1, "oracle_reward": 1, "win_against_reference": 100, "win_against_chosen": 100}
+    best = stored.number("best_of_n")
+    rows = [(f"Best-of-N ({best['n']}), reward model", "", best)]
+    for method, betas in stored.number("final").items():
+        # SFT has no temperature.
+        rows += [(LOOKS[method], beta, found) if method in LOOKS else ("SFT on chosen", "", found)
+                 for beta, found in betas.items()]  # fmt: skip
+    lines = ["Win rates by the oracle's reward, exact, ties half; means over prompts and seeds, with 95 % bootstrap"]
+    lines += ["intervals over seeds. β is the temperature of training: rows differ in divergence too (C13).", ""]
+    lines += [*_row(columns), *_row("---" for _ in columns)]
+    for method, beta, found in rows:
+        lines += _row((method, beta, *(_interval(found[name], scale) for name, scale in scales.items())))
+    return lines
+
+
+def _interval(found: Measured, scale: int) -> str:
+    mean, low, high = (found[name] * scale for name in ("mean", "low", "high"))
+    digits = 1 if scale > 1 else 2
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def write_report(outcomes: Mapping[Claim, Outcome], results: Results, preset: str, command: str) -> None:

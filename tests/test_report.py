@@ -183,6 +183,18 @@ def test_the_report_gives_the_win_rates_of_the_paper(text):
     assert ["DPO-pref", "66.3", "65.1", "58.0", "37.0"] in rows
 
 
+def test_the_report_has_what_the_world_of_reviews_gave():
+    one = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    found = dict.fromkeys(("kl_to_reference", "oracle_reward", "win_against_reference", "win_against_chosen"), one)
+    final = {"ppo": {"0.4": found}, "sft": {"0.4": found}}
+    results = {"alignment": stored("alignment", {"final": final, "best_of_n": {**found, "n": 8}})}
+    rows = table_rows(report.render({}, results, "quick", "exo-toy reproduce --quick"))
+    cells = ["0.50 [0.25, 0.75]"] * 2 + ["50.0 [25.0, 75.0]"] * 2
+    assert ["PPO", "0.4", *cells] in rows
+    assert ["SFT on chosen", "", *cells] in rows
+    assert ["Best-of-N (8), reward model", "", *cells] in rows
+
+
 def test_figures_of_the_reported_run_lie_in_figures_itself():
     results = identities(3e-15)
     text = report.render({C1: judge(C1, results)}, results, "full", "exo-toy reproduce --full")
