@@ -30,7 +30,7 @@ from analysis import runner
 from analysis.pipeline import METRICS, Setting, aligned, mean_over_seeds, setting_of
 from exo_toy.divergences import kl_divergence
 from exo_toy.finite_k import expected_dpo_rw_loss, expected_exo_rw_loss
-from exo_toy.losses import dpo_loss, exo_pref_loss
+from exo_toy.losses import exo_pref_loss
 from exo_toy.objectives import alignment_objective
 from exo_toy.policies import closest_kgram
 from exo_toy.preferences import bradley_terry, expected_preference_loss
@@ -246,12 +246,15 @@ def expected_loss(
         return lambda log_pi: expected_dpo_rw_loss(log_pi, log_ref, reward, k=k, **temperatures).mean()
     if method == "ppo":
         return lambda log_pi: -alignment_objective(log_pi, log_ref, reward, beta=beta).mean()
+    if method == "dpo_pref":
+        # With Bradley-Terry labels DPO is DPO-rw at K = 2.
+        return lambda log_pi: expected_dpo_rw_loss(log_pi, log_ref, reward, k=2, beta_pi=beta, beta_r=1.0).mean()
     preference = bradley_terry(reward)
-    pair_losses = {
-        "exo_pref": lambda *logps: exo_pref_loss(*logps, beta=beta, label_smoothing=label_smoothing).losses,
-        "dpo_pref": lambda *logps: dpo_loss(*logps, beta=beta).losses,
-    }
-    of_prompt = functools.partial(expected_preference_loss, loss=pair_losses[method])
+
+    def exo_pref(*logps: Tensor) -> Tensor:
+        return exo_pref_loss(*logps, beta=beta, label_smoothing=label_smoothing).losses
+
+    of_prompt = functools.partial(expected_preference_loss, loss=exo_pref)
     return lambda log_pi: torch.stack([of_prompt(*row) for row in zip(log_pi, log_ref, preference, strict=True)]).mean()
 
 
