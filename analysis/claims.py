@@ -396,6 +396,9 @@ def _frontier(results: Results) -> Outcome:
     )
 
 
+CLOSER = {-1: "nearer to the frontier", 0: "no clear difference", 1: "farther"}
+
+
 def _when_changed(stored: StoredResult) -> str:
     """Under which single changes of the setting one method of a pair ends farther below the frontier."""
     texts = []
@@ -410,11 +413,13 @@ def _when_changed(stored: StoredResult) -> str:
                     sign = _signs({value: entry["differences"][pair]}, "below_frontier")[value]
                     found[sign].append(f"{axis}={value}")
         first, second = (LOOKS[name] for name in pair.split(" - "))
-        n = sum(map(len, found.values()))
-        text = f"{first} nearer to the frontier than {second} in {len(found[-1])} of {n}"
-        rest = [f"{what} at {', '.join(found[sign])}" for sign, what in ((1, "farther"), (0, "no clear difference"))
-                if found[sign]]  # fmt: skip
-        texts.append("; ".join([text, *rest]))
+        usual = max(found, key=lambda sign: len(found[sign]))
+        outcomes = [
+            f"{CLOSER[sign]} in {len(found[sign])}" + ("" if sign == usual else f" ({', '.join(found[sign])})")
+            for sign in found
+            if found[sign]
+        ]
+        texts.append(f"{first} against {second} {', '.join(outcomes)}")
     beta = stored.config["beta"]
     return f"One setting changed at β={beta:g}: " + ". ".join(texts)
 

@@ -31,7 +31,7 @@ CONDITIONS = {
     "k": "K =",
     "split": r"$\beta_\pi/\beta_r$ =",
     "label_smoothing": r"$\varepsilon$ =",
-    "hard_labels": "hard labels:",
+    "hard_labels": "labels:",
 }
 # Below it a divergence is zero up to rounding.
 ROUNDING = 1e-15
@@ -131,14 +131,21 @@ def _fraction(value: float) -> str:
     return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
 
 
+def _value(axis: str, value: float) -> str:
+    """As it stands in a row."""
+    if axis == "hard_labels":
+        return ("drawn", "hard")[int(value)]
+    return _fraction(value) if axis == "split" else f"{value:g}"
+
+
 def _thousands(value: float) -> str:
-    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:.2g}" if value < 1 else f"{value:g}"
 
 
 def _conditions(results: style.StoredResult) -> Any:
     rows = [("", "", "unchanged")]
     rows += [
-        (axis, value, f"{text} {value if axis != 'hard_labels' else ('drawn', 'hard')[int(value)]}")
+        (axis, value, f"{text} {_value(axis, float(value))}")
         for axis, text in CONDITIONS.items()
         for value in results.numbers["axes"][axis]
     ]

@@ -266,15 +266,24 @@ def pipeline_results(nearer: dict[str, tuple[float, float]]) -> dict:
     return {"alignment": stored("alignment", main), "alignment_ablations": ablations}
 
 
+def test_exceptions_are_named():
+    results = pipeline_results(dict.fromkeys(PAIRS, (-0.2, -0.1)))
+    axes = results["alignment_ablations"].numbers["axes"]
+    reverse = {pair: {"below_frontier": compared(0.1, 0.2)} for pair in PAIRS}
+    axes["k"] |= {"4": axes["k"]["2"], "8": {"differences": reverse}}
+    text = "EXO-rw against PPO nearer to the frontier in 2, farther in 1 (k=8)"
+    assert text in judge(by_id("C13"), results).ours
+
+
 PAIRS = ("exo_rw - ppo", "ppo - dpo_rw", "exo_rw - dpo_rw", "exo_pref - dpo_pref")
 
 
 @pytest.mark.parametrize(
     ("ppo_and_dpo", "verdict", "text"),
     [
-        ((-0.2, -0.1), Verdict.HOLDS, "PPO nearer to the frontier than DPO-rw in 1 of 1."),
-        ((0.1, 0.2), Verdict.CONDITIONAL, "PPO nearer to the frontier than DPO-rw in 0 of 1; farther at k=2."),
-        ((-0.1, 0.2), Verdict.CONDITIONAL, "PPO nearer to the frontier than DPO-rw in 0 of 1; no clear difference at"),
+        ((-0.2, -0.1), Verdict.HOLDS, "PPO against DPO-rw nearer to the frontier in 1. "),
+        ((0.1, 0.2), Verdict.CONDITIONAL, "PPO against DPO-rw farther in 1. "),
+        ((-0.1, 0.2), Verdict.CONDITIONAL, "PPO against DPO-rw no clear difference in 1. "),
     ],
 )
 def test_the_order_of_methods_and_where_it_turns(ppo_and_dpo, verdict, text):
