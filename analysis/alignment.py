@@ -28,9 +28,15 @@ from exo_toy import logspace
 from exo_toy.targets import best_of_n, optimal_policy
 
 # Differences that are reported, seed by seed.
-COMPARED = (("exo_rw", "ppo"), ("exo_rw", "dpo_rw"), ("ppo", "dpo_rw"), ("exo_pref", "dpo_pref"))
+COMPARED = (
+    ("exo_rw", "ppo"), ("ppo", "dpo_rw"), ("exo_rw", "dpo_rw"), ("exo_pref", "dpo_pref"),
+    ("exo_rw", "ppo_few"), ("ppo", "ppo_few"),
+)  # fmt: skip
 # What does not depend on a temperature: told of the best of n too.
-OUTCOMES = ("kl_to_reference", "oracle_reward", "model_reward", "win_against_reference", "win_against_chosen")
+OUTCOMES = (
+    "kl_to_reference", "oracle_reward", "model_reward", "win_against_reference", "win_against_chosen",
+    "model_win_against_reference", "model_win_against_chosen", "mode_mass",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Config(Setting):
     # Of the paired comparisons.
     resamples: int = 10_000
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    # Divergences from the reference at which methods are compared.
+    divergences: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 3.0)
 
 
 PRESETS = {
@@ -91,12 +99,11 @@ def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     ]
     # The best of the most by the reward model, measured as the policies are, [seeds, M, X].
     options = Setting(**setting)
-    best = [
-        Evaluator(reference, data, config.betas[0], options).metrics(
-            best_of_n(log_ref, data.model, n=config.best_of[-1])
-        )
-        for data in (drawn(options, seed) for seed in range(config.seeds))
-    ]
+    best = []
+    for data in (drawn(options, seed) for seed in range(config.seeds)):
+        # What is told of it has no temperature.
+        evaluator = Evaluator(reference, data, config.betas[0], options, config.betas[0])
+        best.append(evaluator.metrics(best_of_n(log_ref, data.model, n=config.best_of[-1])))
     # What a perfect optimiser of the reward model reaches, [betas, seeds].
     model_objective = [
         [(beta * optimal_policy(log_ref, model, beta=beta)[1]).mean().item() for model in models]
@@ -136,11 +143,53 @@ def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
                 arrays[f"{a}_below"][i] - arrays[f"{b}_below"][i], config.resamples
             )
             found["differences"].setdefault(f"{a} - {b}", {})[_name(beta)] = measured
+    found["ppo_completions"] = config.steps * config.batch
+    found["at_divergence"] = at_divergence(config, arrays)
     best = arrays["best_of_n_metrics"].mean(-1)
     found["best_of_n"] = {name: mean_over_seeds(best[:, METRICS.index(name)], config.resamples) for name in OUTCOMES}
     found["best_of_n"]["n"] = config.best_of[-1]
     found["least_room_below_frontier"] = min(_room(arrays[method], arrays["frontier"]) for method in METHODS)
     return found
+
+
+def at_divergence(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Nats below the frontier at equal divergences, and paired differences, where every seed of a method gets there.
+
+    Methods that train at one temperature end at different divergences, and there is the less to miss the nearer the
+    reference is.
+    """
+    kl_at = METRICS.index("kl_to_reference")
+    below = {
+        method: interpolated(arrays[method][:, :, -1, kl_at].mean(-1), arrays[f"{method}_below"], config.divergences)
+        for method in METHODS
+        if len(arrays[method]) > 1
+    }
+    differences = {f"{a} - {b}": below[a] - below[b] for a, b in COMPARED}
+    return {
+        what: {
+            name: {
+                _name(kl): mean_over_seeds(values[:, i], config.resamples)
+                for i, kl in enumerate(config.divergences)
+                if np.isfinite(values[:, i]).all()
+            }
+            for name, values in tables.items()
+        }
+        for what, tables in (("below_frontier", below), ("differences", differences))
+    }
+
+
+def interpolated(kl: np.ndarray, below: np.ndarray, divergences: tuple[float, ...]) -> np.ndarray:
+    """[seeds, L]: distances below the frontier, of [betas, seeds] ends of training; NaN beyond them.
+
+    Both grow like the root of a small divergence: the distance over it is taken as linear in the divergence's log.
+    """
+    rows = []
+    for x, y in zip(kl.T, below.T, strict=True):
+        order = np.argsort(x)
+        levels = np.log(divergences)
+        slope = np.interp(levels, np.log(x[order]), (y / np.sqrt(x))[order], left=np.nan, right=np.nan)
+        rows.append(slope * np.sqrt(divergences))
+    return np.array(rows)
 
 
 def _room(metrics: np.ndarray, points: np.ndarray) -> float:

@@ -45,7 +45,7 @@ METHODS = (*REWARDED, *PAIRED)
 GIVEN = {**dict.fromkeys(REWARDED, "model"), **dict.fromkeys(PAIRED, "oracle")}
 # Ordered as in the paper: each is said to do at least as well as the next.
 COMPARED = (("exo_rw", "ppo"), ("ppo", "dpo_rw"), ("exo_rw", "dpo_rw"), ("exo_pref", "ppo"), ("exo_pref", "dpo_pref"))
-# What is compared; below_frontier the less the better.
+# What is told. The distance below the frontier grows with the divergence, which differs: methods are compared by J.
 MEASURES = ("oracle_reward", "oracle_objective", "kl_to_reference", "kl_to_given_optimum", "below_frontier")
 
 

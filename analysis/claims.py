@@ -370,58 +370,76 @@ def _model_step(results: Results) -> Outcome:
 
 
 def _frontier(results: Results) -> Outcome:
-    """Distances below the exact frontier and rewards at the end of training, in pairs of the same seed."""
+    """Distances below the exact frontier at equal divergence, and rewards at equal steps, in pairs of the same seed."""
     stored = results["alignment"]
+    at = stored.number("at_divergence")
+    closer = {pair: _signs(found) for pair, found in at["differences"].items()}
     differences = stored.number("differences")
-    closer = {pair: _signs(betas, "below_frontier") for pair, betas in differences.items()}
-    higher = {pair: _signs(betas, "oracle_reward") for pair, betas in differences.items()}
-    pairs = ("exo_rw - ppo", "ppo - dpo_rw")
-    # Less below the frontier and more reward are what the paper reports of the first of each pair.
-    orders = [closer[pair][beta] == -1 and higher[pair][beta] == 1 for pair in pairs for beta in closer[pair]]
-    below = stored.number("below_frontier")
-    means = "; ".join(
-        f"β={beta}: " + ", ".join(f"{LOOKS[name]} {below[name][beta]['mean']:.2f}" for name in LOOKS)
-        for beta in below["exo_rw"]
+    # Less below the frontier, and more reward, are what the paper reports of the first of each pair.
+    orders = [sign == -1 for pair in ("exo_rw - ppo", "ppo - dpo_rw") for sign in closer[pair].values()]
+    below = "; ".join(
+        f"{LOOKS[name]} " + ", ".join(f"{value['mean']:.2f} at {kl}" for kl, value in found.items())
+        for name, found in at["below_frontier"].items()
     )
-    said = {-1: "less", 0: "no clear difference", 1: "more"}
-    signs = "; ".join(
-        f"{pair}: " + ", ".join(f"{said[sign]} at β={beta}" for beta, sign in closer[pair].items())
-        for pair in differences
+    text = (
+        f"nats of oracle reward below the exact frontier at equal KL to the reference: {below}. "
+        f"Paired by seed (95 % intervals), at equal KL: {_listed(closer, NEARER)}. "
+        f"At equal β and steps, oracle reward: {_listed(_signs_of(differences, 'oracle_reward'), MORE)}. "
+        f"J of the reward model that is optimised: {_listed(_signs_of(differences, 'model_objective', ('exo_rw - ppo', 'exo_rw - dpo_rw')), MORE)}. "
+        f"PPO sees {stored.number('ppo_completions'):,} completions of a prompt, the others "
+        f"{stored.config['completions']:,}. {_when_changed(results['alignment_ablations'])}"
     )
-    verdict = Verdict.HOLDS if all(orders) else Verdict.CONDITIONAL if any(orders) else Verdict.FAILS
-    return Outcome(
-        f"nats of oracle reward below the exact frontier: {means}. Paired by seed (95 % intervals): {signs}. "
-        + _when_changed(results["alignment_ablations"]),
-        verdict,
-    )
+    return Outcome(text, Verdict.HOLDS if all(orders) else Verdict.CONDITIONAL if any(orders) else Verdict.FAILS)
 
 
-CLOSER = {-1: "nearer to the frontier", 0: "no clear difference", 1: "farther"}
+NEARER = {-1: "nearer", 0: "no clear difference", 1: "farther"}
+MORE = {-1: "less", 0: "no clear difference", 1: "more"}
+
+
+def _listed(signs: Mapping[str, Mapping[str, int]], words: Mapping[int, str]) -> str:
+    """Pair by pair: "EXO-rw against PPO nearer at 0.2, 0.5, farther at 1"."""
+    texts = []
+    for pair, found in signs.items():
+        first, second = (LOOKS[name] for name in pair.split(" - "))
+        groups = {word: [at for at, sign in found.items() if sign == key] for key, word in words.items()}
+        said = ", ".join(f"{word} at {', '.join(at)}" for word, at in groups.items() if at)
+        texts.append(f"{first} against {second} {said}")
+    return "; ".join(texts)
+
+
+def _signs_of(
+    differences: Mapping[str, Mapping[str, Measured]], name: str, pairs: tuple[str, ...] = ()
+) -> dict[str, dict[str, int]]:
+    """The sign of one measure's difference by pair and temperature."""
+    return {
+        pair: _signs({beta: found[name] for beta, found in betas.items()})
+        for pair, betas in differences.items()
+        if not pairs or pair in pairs
+    }
 
 
 def _when_changed(stored: StoredResult) -> str:
-    """Under which single changes of the setting one method of a pair ends farther below the frontier."""
+    """Under which single changes of the setting one method of a pair ends with less J of the oracle's reward."""
     texts = []
     for pair in ("exo_rw - ppo", "ppo - dpo_rw", "exo_rw - dpo_rw", "exo_pref - dpo_pref"):
-        # -1: the first is nearer.
-        found: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+        found: dict[int, list[str]] = {1: [], 0: [], -1: []}
         for axis, values in stored.number("axes").items():
             if axis.startswith("limit_"):
                 continue
             for value, entry in values.items():
                 if pair in entry["differences"]:
-                    sign = _signs({value: entry["differences"][pair]}, "below_frontier")[value]
+                    (sign,) = _signs({value: entry["differences"][pair]["oracle_objective"]}).values()
                     found[sign].append(f"{axis}={value}")
         first, second = (LOOKS[name] for name in pair.split(" - "))
         usual = max(found, key=lambda sign: len(found[sign]))
         outcomes = [
-            f"{CLOSER[sign]} in {len(found[sign])}" + ("" if sign == usual else f" ({', '.join(found[sign])})")
+            f"{MORE[sign]} in {len(found[sign])}" + ("" if sign == usual else f" ({', '.join(found[sign])})")
             for sign in found
             if found[sign]
         ]
         texts.append(f"{first} against {second} {', '.join(outcomes)}")
     beta = stored.config["beta"]
-    return f"One setting changed at β={beta:g}: " + ". ".join(texts)
+    return f"J of the oracle's reward with one setting changed at β={beta:g}: " + ". ".join(texts)
 
 
 def _limits(results: Results) -> Outcome:
@@ -522,15 +540,19 @@ def _of_policy(name: str, mean: Measured) -> str:
     )
 
 
-LOOKS = {"exo_rw": "EXO-rw", "ppo": "PPO", "dpo_rw": "DPO-rw", "exo_pref": "EXO-pref", "dpo_pref": "DPO-pref"}
+LOOKS = {
+    "exo_rw": "EXO-rw",
+    "dpo_rw": "DPO-rw",
+    "ppo": "PPO",
+    "ppo_few": "PPO on as few completions",
+    "exo_pref": "EXO-pref",
+    "dpo_pref": "DPO-pref",
+}
 
 
-def _signs(differences: Mapping[str, Measured], name: str) -> dict[str, int]:
+def _signs(differences: Mapping[str, Measured]) -> dict[str, int]:
     """The sign of each difference, 0 where its interval holds 0."""
-    return {
-        beta: 1 if found[name]["low"] > 0 else -1 if found[name]["high"] < 0 else 0
-        for beta, found in differences.items()
-    }
+    return {at: 1 if found["low"] > 0 else -1 if found["high"] < 0 else 0 for at, found in differences.items()}
 
 
 def _step(step: Measured) -> str:

@@ -6,7 +6,9 @@ and the reference is aligned with one method:
 
 * exo_rw, dpo_rw: on the groups, with the reward model's rewards and beta_pi * beta_r = beta;
 * exo_pref, dpo_pref: on the labelled pairs themselves, with beta;
-* ppo: with the reward model's rewards and fresh completions at each step, as many as the others take from the data;
+* ppo: with the reward model's rewards and fresh completions at each step, as many as the others take from the data,
+  so that in all it sees many more; ppo_few draws no more than the others have, and descends on each batch longer, to
+  as many descents as theirs;
 * sft: maximum likelihood of the chosen completions, without a beta.
 
 Along its training everything is evaluated on all completions. Runs of one seed share completions, labels and reward
@@ -36,14 +38,15 @@ from exo_toy.reviews import ReviewWorld
 from exo_toy.targets import optimal_policy
 from exo_toy.training import align, draw_candidates, fine_tune, fit_reward, label_pairs, ppo
 
-METHODS = ("exo_rw", "dpo_rw", "exo_pref", "dpo_pref", "ppo", "sft")
+METHODS = ("exo_rw", "dpo_rw", "exo_pref", "dpo_pref", "ppo", "ppo_few", "sft")
 PAIRED = ("exo_pref", "dpo_pref", "sft")
 # What is measured of each prompt at a checkpoint; "model" is the reward model, "optimum" belongs to either reward.
 METRICS = (
     "oracle_reward", "model_reward", "kl_to_reference", "entropy",
     "oracle_objective", "model_objective",
     "oracle_kl_to_optimum", "oracle_kl_from_optimum", "model_kl_to_optimum", "model_kl_from_optimum",
-    "win_against_reference", "win_against_chosen", "effective_share",
+    "win_against_reference", "win_against_chosen", "model_win_against_reference", "model_win_against_chosen",
+    "mode_mass", "effective_share",
 )  # fmt: skip
 
 
@@ -74,6 +77,15 @@ class Setting:
     value_rate: float = 0.05
     checkpoints: int = 10
     n_modes: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("completions", "batch"):
+            if getattr(self, name) % self.k:
+                raise ValueError(f"{name} must be a multiple of k = {self.k}; got {getattr(self, name)}")
+        if self.completions % 2:
+            raise ValueError(f"completions must be even, to make pairs; got {self.completions}")
+        if self.batch > self.completions:
+            raise ValueError(f"batch must be at most the {self.completions} completions; got {self.batch}")
 
 
 class Reference(NamedTuple):
@@ -109,7 +121,9 @@ def aligned(setting: dict[str, Any], method: str, beta: float, seed: int) -> dic
     options = Setting(**setting)
     reference, data = fine_tuned(options), drawn(options, seed)
     policy = copy.deepcopy(reference.policy)
-    evaluator = Evaluator(reference, data, beta, options)
+    # The losses on pairs have but one temperature.
+    beta_pi = beta if method in PAIRED else math.sqrt(beta * options.split)
+    evaluator = Evaluator(reference, data, beta, options, beta_pi)
     at, rows, modes = set(checkpoints(options).tolist()), [], []
     # The first comes before the first step.
     for step, _ in enumerate(itertools.chain((None,), trained(policy, reference, data, options, method, beta, seed))):
@@ -179,18 +193,26 @@ def trained(
     """The steps of one method's training."""
     generator = torch.Generator().manual_seed(1_000_000 + seed)
     shared: dict[str, Any] = {"steps": setting.steps, "learning_rate": setting.rate, "generator": generator}
-    if method == "ppo":
-        return ppo(
+    if method in ("ppo", "ppo_few"):
+        # As many batches as the data would fill, and a descent on each for every step that is left out.
+        batches = min(setting.steps, setting.completions // setting.batch)
+        descents = setting.steps // batches
+        few = {"steps": batches, "epochs": descents} if method == "ppo_few" else {"epochs": setting.epochs}
+        steps = ppo(
             policy,
             reference.policy,
             data.model,
             beta=beta,
             batch_size=setting.batch,
-            epochs=setting.epochs,
             value_order=setting.value_order,
             value_learning_rate=setting.value_rate,
-            **shared,
+            **{**shared, **few},
         )
+        if method == "ppo":
+            return steps
+        # Checkpoints count descents.
+        counted = (value for value in steps for _ in range(descents))
+        return itertools.chain(counted, itertools.repeat(math.nan, setting.steps - batches * descents))
     groups = data.pairs if method in PAIRED else data.groups
     loss = group_loss(method, beta, setting)
     batch_size = setting.batch // groups.shape[-1]
@@ -215,8 +237,8 @@ def group_loss(method: str, beta: float, setting: Setting) -> Callable[[Tensor, 
 class Evaluator:
     """All that is measured of a policy of one run, on all completions."""
 
-    def __init__(self, reference: Reference, data: Data, beta: float, setting: Setting) -> None:
-        self.log_ref, self.beta = reference.log_ref, beta
+    def __init__(self, reference: Reference, data: Data, beta: float, setting: Setting, beta_pi: float) -> None:
+        self.log_ref, self.beta, self.beta_pi = reference.log_ref, beta, beta_pi
         self.rewards = {"oracle": reference.oracle, "model": data.model}
         self.optima = {name: optimal_policy(self.log_ref, r, beta=beta)[0] for name, r in self.rewards.items()}
         # The chosen completions, each as likely as it is frequent among them.
@@ -234,10 +256,11 @@ class Evaluator:
             values[f"{name}_objective"] = values[f"{name}_reward"] - self.beta * kl
             values[f"{name}_kl_to_optimum"] = kl_divergence(log_pi, self.optima[name])
             values[f"{name}_kl_from_optimum"] = kl_divergence(self.optima[name], log_pi)
-        oracle = self.rewards["oracle"]
-        values["win_against_reference"] = win_rate(log_pi, self.log_ref, oracle)
-        values["win_against_chosen"] = win_rate(log_pi, self.log_chosen, oracle)
-        values["effective_share"] = effective_share(math.sqrt(self.beta) * (log_pi - self.log_ref), self.log_ref)
+        for judge, prefix in (("oracle", ""), ("model", "model_")):
+            values[f"{prefix}win_against_reference"] = win_rate(log_pi, self.log_ref, self.rewards[judge])
+            values[f"{prefix}win_against_chosen"] = win_rate(log_pi, self.log_chosen, self.rewards[judge])
+        values["mode_mass"] = self.modes(log_pi).sum(-1)
+        values["effective_share"] = effective_share(self.beta_pi * (log_pi - self.log_ref), self.log_ref)
         return torch.stack([values[name] for name in METRICS])
 
     def modes(self, log_pi: Tensor) -> Tensor:

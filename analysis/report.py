@@ -92,19 +92,33 @@ def render(outcomes: Mapping[Claim, Outcome], results: Results, preset: str, com
 
 def _outcomes(stored: storage.StoredResult) -> list[str]:
     """What each method reached in the miniature of the experiment, as the tables above have it."""
-    columns = ("method", "β", "KL to the reference", "oracle reward", "win % vs reference", "win % vs chosen")
-    scales = {"kl_to_reference": 1, "oracle_reward": 1, "win_against_reference": 100, "win_against_chosen": 100}
+    names = {
+        "KL to the reference": ("kl_to_reference", 1),
+        "oracle reward": ("oracle_reward", 1),
+        "RM vs reference": ("model_win_against_reference", 100),
+        "RM vs chosen": ("model_win_against_chosen", 100),
+        "oracle vs reference": ("win_against_reference", 100),
+        "oracle vs chosen": ("win_against_chosen", 100),
+        "mass on the modes": ("mode_mass", 1),
+    }
+    columns = ("method", "β", *names)
     best = stored.number("best_of_n")
     rows = [(f"Best-of-N ({best['n']}), reward model", "", best)]
     for method, betas in stored.number("final").items():
         # SFT has no temperature.
         rows += [(LOOKS[method], beta, found) if method in LOOKS else ("SFT on chosen", "", found)
                  for beta, found in betas.items()]  # fmt: skip
-    lines = ["Win rates by the oracle's reward, exact, ties half; means over prompts and seeds, with 95 % bootstrap"]
-    lines += ["intervals over seeds. β is the temperature of training: rows differ in divergence too (C13).", ""]
+    lines = [
+        "Win rates in per cent, by the reward model and by the oracle, exact, ties half; modes: the completions that"
+    ]
+    lines += ["the optimal policy of the oracle's reward at that β likes best. Means over prompts and seeds, with 95 %"]
+    lines += [
+        "bootstrap intervals over seeds. β is the temperature of training: rows differ in divergence too (C13).",
+        "",
+    ]
     lines += [*_row(columns), *_row("---" for _ in columns)]
     for method, beta, found in rows:
-        lines += _row((method, beta, *(_interval(found[name], scale) for name, scale in scales.items())))
+        lines += _row((method, beta, *(_interval(found[name], scale) for name, scale in names.values())))
     return lines
 
 

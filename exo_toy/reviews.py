@@ -20,6 +20,8 @@ from exo_toy import checks
 from exo_toy.spaces import SequenceSpace, sum_over_trie
 
 SENTIMENTS = (+1, -1)
+# Of the reward: what is beyond them is rounding.
+DECIMALS = 12
 
 
 class Role(Enum):
@@ -183,9 +185,12 @@ class ReviewWorld:
         return (self.log_likelihoods() + self.log_prior().unsqueeze(-1)).logsumexp(1)
 
     def oracle_reward(self) -> Float64[Tensor, "X N"]:
-        r"""Log odds of a favourable author given the review, :math:`\log P(+ \mid x, y) / P(- \mid x, y)`, finite."""
+        r"""Log odds of a favourable author given the review, :math:`\log P(+ \mid x, y) / P(- \mid x, y)`, finite.
+
+        To twelve decimals, so that reviews of equal evidence have equal rewards: best-of-n and win rates count ties.
+        """
         joint = self.log_likelihoods() + self.log_prior().unsqueeze(-1)
-        return joint[:, 0] - joint[:, 1]
+        return (joint[:, 0] - joint[:, 1]).round(decimals=DECIMALS)
 
     def _log_emissions(self) -> Float64[Tensor, "2 4 V"]:
         """log P(word | state, sentiment)."""

@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 
 from figures import style
 
-METHODS = {name: style.METHODS[name] for name in ("exo_rw", "dpo_rw", "exo_pref", "dpo_pref", "ppo", "chosen_sft")}
+METHODS = {
+    name: style.METHODS[name] for name in ("exo_rw", "dpo_rw", "exo_pref", "dpo_pref", "ppo", "ppo_few", "chosen_sft")
+}
 STORED = {"chosen_sft": "sft"}
 PANELS = {
-    "on the reward model": ("exo_rw", "dpo_rw", "ppo"),
+    "on the reward model": ("exo_rw", "dpo_rw", "ppo", "ppo_few"),
     "on the labelled pairs": ("exo_pref", "dpo_pref", "chosen_sft"),
 }
 
@@ -23,7 +25,8 @@ optimal policies of the oracle's reward; no policy can be above it. Dotted black
 models, which is where methods on the reward model would end with unlimited capacity and data (mean over seeds). Best of
 n: exact, n along the curve, by the oracle's reward (strong) and by the reward models (faint, mean over seeds). Markers:
 the end of training at each temperature, means over seeds, with bars of the 95 % bootstrap interval over seeds on both
-axes; faint lines: the way there during training. (a) Methods that see the reward model's rewards. (b) Methods that see
+axes; faint lines: the way there during training. PPO draws fresh completions at every step, in all many times those of
+the others; "PPO, as few" no more than theirs. (a) Methods that see the reward model's rewards. (b) Methods that see
 the labelled pairs themselves; SFT is maximum likelihood of the chosen completions.
 """,
     "alignment_steps": """\

@@ -40,22 +40,25 @@ CAPTIONS = {
     "alignment_ablations": """\
 One setting changed at a time; dotted: the unchanged value. Top: KL(policy || optimal policy of the reward that the
 method was given), the reward model's for EXO-rw, DPO-rw and PPO, the oracle's for methods on labelled pairs. Bottom:
-nats of oracle reward below the exact frontier at the policy's own divergence. Ends of training, means over seeds and
-prompts; bars: 95 % bootstrap interval over seeds. A k-gram policy of the highest order is the full table, and a reward
-model of that order can be any function; the reference changes with the order of the policy.
+nats of oracle reward below the exact frontier at the policy's own divergence, which grow with that divergence. Ends of
+training, means over seeds and prompts; bars: 95 % bootstrap interval over seeds. A k-gram policy of the highest order
+is the full table, and a reward model of that order can be any function; the reference changes with the order of the
+policy.
 """,
     "alignment_conditions": """\
-Which of two methods ends nearer to the exact frontier of oracle reward against divergence: nats by which the first is
-nearer, paired by seed, with the 95 % bootstrap interval over seeds. Right of zero the order of the paper holds (EXO at
-least as good as PPO, PPO as DPO); filled: the interval excludes zero. Each row is the unchanged setting or one with a
-single change that concerns one of the two methods.
+Which of two methods ends with the higher J of the oracle's reward at the temperature of its training (reward less β
+times the divergence from the reference, exact): nats by which the first exceeds the second, paired by seed, with the
+95 % bootstrap interval over seeds. Right of zero the order of the paper holds (EXO at least as good as PPO, PPO as
+DPO); filled: the interval excludes zero. Each row is the unchanged setting or one with a single change that concerns
+one of the two methods.
 """,
     "alignment_limits": """\
 Where methods meet. (a) Each method's loss in expectation over candidates and labels, exact, minimised over k-gram
-policies: KL(policy || optimal policy of the oracle's reward). The highest order is the full table, where all but
-EXO-pref reach the optimal policy (up to rounding and what is left of the minimisation). (b) A full table trained on
-samples: KL(policy || optimal policy of the reward that was given) against completions of a prompt, means over seeds
-with 95 % bootstrap intervals. PPO, which draws its own completions, has the data for its reward model alone.
+policies (of PPO, J itself, which its steps ascend): KL(policy || optimal policy of the oracle's reward). The highest
+order is the full table, where all but EXO-pref reach the optimal policy (up to rounding and what is left of the
+minimisation). (b) A full table trained on samples: KL(policy || optimal policy of the reward that was given) against
+completions of a prompt, means over seeds with 95 % bootstrap intervals. PPO, which draws its own completions, has the
+data for its reward model alone.
 """,
 }
 
@@ -155,18 +158,18 @@ def _conditions(results: style.StoredResult) -> Any:
             source = results.numbers["axes"][axis][value] if axis else results.numbers["base"]
             difference = source["differences"].get(pair)
             if difference:
-                _difference(ax, y, difference["below_frontier"])
+                _difference(ax, y, difference["oracle_objective"])
         ax.axvline(0.0, color="black", linewidth=0.8)
         ax.set_title(title.replace(" against ", "\nagainst "), fontsize=7.5)
-        ax.set_xlabel("nats nearer")
+        ax.set_xlabel(r"$\Delta J_\beta$ (nats)")
     axes[0].set_yticks(range(len(rows)), [text for *_, text in rows], fontsize=6.5)
     axes[0].invert_yaxis()
     return figure
 
 
-def _difference(ax: Axes, y: int, below: dict[str, float]) -> None:
-    """Less below the frontier is nearer to it."""
-    mean, low, high = -below["mean"], -below["high"], -below["low"]
+def _difference(ax: Axes, y: int, found: dict[str, float]) -> None:
+    """A mean with its interval."""
+    mean, low, high = found["mean"], found["low"], found["high"]
     color = "#0072B2" if low > 0 else "#D55E00" if high < 0 else "0.5"
     face = color if low > 0 or high < 0 else "white"
     ax.errorbar(

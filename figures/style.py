@@ -61,6 +61,7 @@ METHODS = {
     "dpo": Look("DPO", "#E69F00", "--", "s"),
     "rl": Look("RL", "#009E73", "-.", "^"),
     "ppo": Look("PPO", "#009E73", (0, (3, 1, 1, 1, 1, 1)), "v"),
+    "ppo_few": Look("PPO, as few", "#117733", (0, (1, 1)), "2"),
     "optimal": Look(r"$\pi^*_\beta$", "#000000", "-", "D"),
     "reference": Look(r"$\pi_\mathrm{ref}$", "#999999", ":", "x"),
     "sft": Look("SFT", "#999999", (0, (1, 3)), "+"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import alignment
+from analysis import alignment, pipeline
 from analysis.alignment import PRESETS, Config
 from analysis.pipeline import (
     METHODS,
@@ -48,7 +48,8 @@ def test_what_is_measured_by_loops():
     reference, data = fine_tuned(OPTIONS), drawn(OPTIONS, 0)
     log_pi = torch.randn(reference.log_ref.shape, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
     beta = 0.7
-    metrics = Evaluator(reference, data, beta, OPTIONS).metrics(log_pi).numpy()
+    beta_pi = 0.3
+    metrics = Evaluator(reference, data, beta, OPTIONS, beta_pi).metrics(log_pi).numpy()
     for x in range(reference.world.n_prompts):
         pi, ref = log_pi[x].tolist(), reference.log_ref[x].tolist()
         found = {name: metrics[m, x] for m, name in enumerate(METRICS)}
@@ -61,15 +62,19 @@ def test_what_is_measured_by_loops():
             assert_close(found[f"{name}_objective"], oracles.alignment_objective(pi, ref, reward, beta), scale=10.0)
             assert_close(found[f"{name}_kl_to_optimum"], oracles.kl(pi, star), scale=10.0)
             assert_close(found[f"{name}_kl_from_optimum"], oracles.kl(star, pi), scale=10.0)
-        reward = [round(r, 9) for r in reference.oracle[x].tolist()]
         chosen = data.pairs[x, :, 0].tolist()
-        wins = sum(
-            math.exp(p) * ((r > reward[c]) + (r == reward[c]) / 2)
-            for p, r in zip(pi, reward, strict=True)
-            for c in chosen
-        )
-        assert_close(found["win_against_chosen"], wins / len(chosen))
-        w = [math.exp(math.sqrt(beta) * (p - q)) for p, q in zip(pi, ref, strict=True)]
+        for table, prefix in ((reference.oracle, ""), (data.model, "model_")):
+            reward = [round(r, 9) for r in table[x].tolist()]
+            wins = sum(
+                math.exp(p) * ((r > reward[c]) + (r == reward[c]) / 2)
+                for p, r in zip(pi, reward, strict=True)
+                for c in chosen
+            )
+            assert_close(found[f"{prefix}win_against_chosen"], wins / len(chosen))
+        best, _ = oracles.optimal_policy(ref, reference.oracle[x].tolist(), beta)
+        modes = sorted(range(len(best)), key=best.__getitem__)[-OPTIONS.n_modes :]
+        assert_close(found["mode_mass"], sum(math.exp(pi[y]) for y in modes))
+        w = [math.exp(beta_pi * (p - q)) for p, q in zip(pi, ref, strict=True)]
         first, second = (sum(math.exp(q) * a**n for q, a in zip(ref, w, strict=True)) for n in (1, 2))
         assert_close(found["effective_share"], first**2 / second)
 
@@ -143,3 +148,39 @@ def test_presets_are_complete():
     for preset in PRESETS.values():
         assert preset.completions % (2 * preset.k) == 0
         assert preset.batch % preset.k == 0
+
+
+def test_methods_on_one_curve_do_not_differ_at_equal_divergence():
+    """Distances that are one multiple of the root of the divergence, wherever training ends."""
+    near, far = np.array([[0.1, 0.2], [1.0, 0.9]]), np.array([[0.3, 0.15], [4.0, 5.0]])
+    at = (0.3, 0.8, 2.0)
+    first, second = (alignment.interpolated(kl, 0.7 * np.sqrt(kl), at) for kl in (near, far))
+    np.testing.assert_allclose(first[:, :2], np.tile(0.7 * np.sqrt(at[:2]), (2, 1)), rtol=1e-12)
+    np.testing.assert_allclose(second, np.tile(0.7 * np.sqrt(at), (2, 1)), rtol=1e-12)
+    # Nothing is said of divergences where no training ends.
+    assert np.isnan(first[:, 2]).all()
+
+
+def test_ppo_on_as_few_completions_draws_no_more_than_the_others_have(monkeypatch):
+    drawn_in_all = []
+    sample = pipeline.GRUPolicy.sample
+    monkeypatch.setattr(
+        pipeline.GRUPolicy, "sample", lambda self, n, *rest: drawn_in_all.append(n) or sample(self, n, *rest)
+    )
+    found = aligned(SETTING, "ppo_few", 0.2, 0)
+    assert sum(drawn_in_all) == OPTIONS.completions
+    assert len(found["metrics"]) == len(pipeline.checkpoints(OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"k": 3}, "completions must be a multiple of k = 3; got 1024"),
+        ({"batch": 6}, "batch must be a multiple of k = 4; got 6"),
+        ({"completions": 5, "k": 1}, "completions must be even"),
+        ({"completions": 32}, "batch must be at most the 32 completions; got 64"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Setting(**changed)

@@ -185,11 +185,12 @@ def test_the_report_gives_the_win_rates_of_the_paper(text):
 
 def test_the_report_has_what_the_world_of_reviews_gave():
     one = {"mean": 0.5, "low": 0.25, "high": 0.75}
-    found = dict.fromkeys(("kl_to_reference", "oracle_reward", "win_against_reference", "win_against_chosen"), one)
+    wins = [f"{judge}win_against_{whom}" for judge in ("", "model_") for whom in ("reference", "chosen")]
+    found = dict.fromkeys(("kl_to_reference", "oracle_reward", "mode_mass", *wins), one)
     final = {"ppo": {"0.4": found}, "sft": {"0.4": found}}
     results = {"alignment": stored("alignment", {"final": final, "best_of_n": {**found, "n": 8}})}
     rows = table_rows(report.render({}, results, "quick", "exo-toy reproduce --quick"))
-    cells = ["0.50 [0.25, 0.75]"] * 2 + ["50.0 [25.0, 75.0]"] * 2
+    cells = ["0.50 [0.25, 0.75]"] * 2 + ["50.0 [25.0, 75.0]"] * 4 + ["0.50 [0.25, 0.75]"]
     assert ["PPO", "0.4", *cells] in rows
     assert ["SFT on chosen", "", *cells] in rows
     assert ["Best-of-N (8), reward model", "", *cells] in rows
@@ -252,45 +253,56 @@ def compared(less: float, more: float) -> dict:
     return {"mean": (less + more) / 2, "low": less, "high": more}
 
 
-def pipeline_results(nearer: dict[str, tuple[float, float]]) -> dict:
-    """Results of alignment and its ablations, with one temperature and one change, in which pairs differ as given."""
-    methods = ("exo_rw", "ppo", "dpo_rw", "exo_pref", "dpo_pref")
-    differences = {
-        pair: {"below_frontier": compared(*nearer[pair]), "oracle_reward": compared(0.1, 0.2)} for pair in nearer
+def pipeline_results(more: dict[str, tuple[float, float]]) -> dict:
+    """Results of alignment and its ablations, with one temperature and one change, in which pairs differ as given.
+
+    What is more of J is less below the frontier.
+    """
+    nearer = {pair: {"1": compared(-high, -low)} for pair, (low, high) in more.items()}
+    one = {pair: {name: compared(*found) for name in ("oracle_objective", "oracle_reward", "model_objective")}
+           for pair, found in more.items()}  # fmt: skip
+    main = {
+        "differences": {pair: {"0.4": found} for pair, found in one.items()},
+        "at_divergence": {"differences": nearer, "below_frontier": {"exo_rw": {"1": {"mean": 0.25}}}},
+        "ppo_completions": 25600,
     }
-    below = {method: {"0.4": {"mean": 0.3}} for method in methods}
-    main = {"differences": {pair: {"0.4": found} for pair, found in differences.items()}, "below_frontier": below}
-    changed = {"axes": {"k": {"2": {"differences": differences}}, "limit_completions": {"9": {"differences": {}}}}}
-    ablations = stored("alignment_ablations", changed)
-    ablations.config["beta"] = 0.4
-    return {"alignment": stored("alignment", main), "alignment_ablations": ablations}
-
-
-def test_exceptions_are_named():
-    results = pipeline_results(dict.fromkeys(PAIRS, (-0.2, -0.1)))
-    axes = results["alignment_ablations"].numbers["axes"]
-    reverse = {pair: {"below_frontier": compared(0.1, 0.2)} for pair in PAIRS}
-    axes["k"] |= {"4": axes["k"]["2"], "8": {"differences": reverse}}
-    text = "EXO-rw against PPO nearer to the frontier in 2, farther in 1 (k=8)"
-    assert text in judge(by_id("C13"), results).ours
+    changed = {"axes": {"k": {"2": {"differences": one}}, "limit_completions": {"9": {"differences": {}}}}}
+    results = {"alignment": stored("alignment", main), "alignment_ablations": stored("alignment_ablations", changed)}
+    results["alignment"].config["completions"] = 1024
+    results["alignment_ablations"].config["beta"] = 0.4
+    return results
 
 
 PAIRS = ("exo_rw - ppo", "ppo - dpo_rw", "exo_rw - dpo_rw", "exo_pref - dpo_pref")
 
 
 @pytest.mark.parametrize(
-    ("ppo_and_dpo", "verdict", "text"),
+    ("ppo_and_dpo", "verdict", "at_equal_kl", "when_changed"),
     [
-        ((-0.2, -0.1), Verdict.HOLDS, "PPO against DPO-rw nearer to the frontier in 1. "),
-        ((0.1, 0.2), Verdict.CONDITIONAL, "PPO against DPO-rw farther in 1. "),
-        ((-0.1, 0.2), Verdict.CONDITIONAL, "PPO against DPO-rw no clear difference in 1. "),
+        ((0.1, 0.2), Verdict.HOLDS, "nearer at 1", "more in 1. "),
+        ((-0.2, -0.1), Verdict.CONDITIONAL, "farther at 1", "less in 1. "),
+        ((-0.1, 0.2), Verdict.CONDITIONAL, "no clear difference at 1", "no clear difference in 1. "),
     ],
 )
-def test_the_order_of_methods_and_where_it_turns(ppo_and_dpo, verdict, text):
-    nearer = {**dict.fromkeys(PAIRS, (-0.2, -0.1)), "ppo - dpo_rw": ppo_and_dpo}
-    outcome = judge(by_id("C13"), pipeline_results(nearer))
+def test_the_order_of_methods_and_where_it_turns(ppo_and_dpo, verdict, at_equal_kl, when_changed):
+    more = {**dict.fromkeys(PAIRS, (0.1, 0.2)), "ppo - dpo_rw": ppo_and_dpo}
+    outcome = judge(by_id("C13"), pipeline_results(more))
     assert outcome.verdict == verdict
-    assert text in outcome.ours
+    assert f"PPO against DPO-rw {at_equal_kl};" in outcome.ours
+    assert f"PPO against DPO-rw {when_changed}" in outcome.ours
+    assert "EXO-rw 0.25 at 1." in outcome.ours and "25,600 completions of a prompt, the others 1,024" in outcome.ours
+
+
+def test_no_order_at_all_fails():
+    assert judge(by_id("C13"), pipeline_results(dict.fromkeys(PAIRS, (-0.2, -0.1)))).verdict == Verdict.FAILS
+
+
+def test_exceptions_are_named():
+    results = pipeline_results(dict.fromkeys(PAIRS, (0.1, 0.2)))
+    axes = results["alignment_ablations"].numbers["axes"]
+    reverse = {pair: {"oracle_objective": compared(-0.2, -0.1)} for pair in PAIRS}
+    axes["k"] |= {"4": axes["k"]["2"], "8": {"differences": reverse}}
+    assert "EXO-rw against PPO more in 2, less in 1 (k=8)" in judge(by_id("C13"), results).ours
 
 
 @pytest.mark.parametrize(

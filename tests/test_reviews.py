@@ -158,3 +158,11 @@ def test_every_default_opening_differs():
     assert len(OPENINGS) == len(human)
     for a, b in itertools.combinations(human, 2):
         assert (a - b).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_reviews_of_equal_evidence_have_equal_rewards(length):
+    """What differs by rounding alone would not be a tie for best-of-n."""
+    reward = ReviewWorld(length=length).oracle_reward()
+    for row in reward:
+        assert len(row.unique()) == len(row.round(decimals=9).unique())

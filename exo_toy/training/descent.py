@@ -18,7 +18,9 @@ class Descent:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
 
     def step(self, loss: Tensor) -> float:
-        """One step down the gradient of the loss; its value before."""
+        """One step down the gradient of the loss; its value before. A loss that is not finite leaves all as it is."""
+        if not loss.isfinite():
+            raise ValueError(f"loss must be finite; got {loss.item()} (the parameters are as before this step)")
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
@@ -30,6 +32,8 @@ class Draws:
     """Independent indices from each distribution of a table [X, N] of log-probabilities."""
 
     def __init__(self, log_p: Tensor) -> None:
+        checks.require_shape("X N", log_p=log_p)
+        checks.require_log_probabilities(log_p=log_p)
         cumulative = log_p.exp().cumsum(-1)
         self._cumulative = cumulative / cumulative[:, -1:]
 

@@ -37,7 +37,7 @@ def draw_candidates(
         [X, G, K] indices; never one of probability zero.
 
     Raises:
-        ValueError: ``groups`` or ``k`` below 1.
+        ValueError: ``groups`` or ``k`` below 1; a table that is not [X, N] or not normalised.
 
     Example:
         >>> draw_candidates(torch.tensor([[0.0, -torch.inf]]), 1, 3, torch.Generator())
@@ -64,11 +64,16 @@ def label_pairs(
     Returns:
         [X, P, 2] indices.
 
+    Raises:
+        ValueError: a reward of a pair that is not finite.
+
     Example:
         >>> label_pairs(torch.tensor([[[0, 1]]]), torch.tensor([[0.0, 1.0]]), None)
         tensor([[[1, 0]]])
     """
     of_pair = look_up(reward, pairs)
+    bad = ~of_pair.isfinite()
+    checks.require_values([of_pair], (bad, lambda: f"reward must be finite; got {checks.first_bad(of_pair, bad)}"))
     margin = of_pair[..., 0] - of_pair[..., 1]
     if generator is None:
         swapped = margin < 0
@@ -194,7 +199,8 @@ def align(
         After each step, the loss that it descended.
 
     Raises:
-        ValueError: no step, a batch that is empty or larger than the data; at the first step, not at the call.
+        ValueError: no step, a batch that is empty or larger than the data, a loss that is not finite or not one per
+            group; at a step, not at the call.
     """
     n_groups = groups.shape[1]
     checks.require_integer("batch_size", batch_size, at_least=1)
@@ -206,6 +212,8 @@ def align(
     for batch in itertools.islice(shuffled_batches(n_groups, batch_size, generator), steps):
         log_pi = policy.log_prob(tokens[:, batch].flatten(1, 2)).reshape(-1, groups.shape[-1])
         losses = loss(log_pi, ref[:, batch].flatten(0, 1), rewards[:, batch].flatten(0, 1))
+        if losses.shape != log_pi.shape[:1]:
+            raise ValueError(f"loss must give one value per group, [{len(log_pi)}]; got shape {list(losses.shape)}")
         yield descent.step(losses.mean())
 
 
