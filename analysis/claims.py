@@ -381,11 +381,12 @@ def _frontier(results: Results) -> Outcome:
         f"{LOOKS[name]} " + ", ".join(f"{value['mean']:.2f} at {kl}" for kl, value in found.items())
         for name, found in at["below_frontier"].items()
     )
+    rewards = _listed(_signs_of(differences, "oracle_reward"), MORE)
+    optimised = _listed(_signs_of(differences, "model_objective", ("exo_rw - ppo", "exo_rw - dpo_rw")), MORE)
     text = (
         f"nats of oracle reward below the exact frontier at equal KL to the reference: {below}. "
         f"Paired by seed (95 % intervals), at equal KL: {_listed(closer, NEARER)}. "
-        f"At equal β and steps, oracle reward: {_listed(_signs_of(differences, 'oracle_reward'), MORE)}. "
-        f"J of the reward model that is optimised: {_listed(_signs_of(differences, 'model_objective', ('exo_rw - ppo', 'exo_rw - dpo_rw')), MORE)}. "
+        f"At equal β and steps, oracle reward: {rewards}. J of the reward model that is optimised: {optimised}. "
         f"PPO sees {stored.number('ppo_completions'):,} completions of a prompt, the others "
         f"{stored.config['completions']:,}. {_when_changed(results['alignment_ablations'])}"
     )

@@ -1,12 +1,14 @@
 """The command ``exo-toy``: run the experiments, judge the claims, draw the figures, write the report; audit a log.
 
 Exit codes: 0, every claim that should hold does; 1, one fails; 2, something is missing; 130, interrupted. Of an audit:
-0, every record was used; 1, malformed ones were left out; 2, nothing was written.
+0, every record was used; 1, malformed ones were left out; 2, nothing was written; 143, terminated.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,6 +189,9 @@ def _audit(options: argparse.Namespace) -> int:
         if n_problems <= PRINTED_PROBLEMS:
             print(f"exo-toy: {text}", file=sys.stderr)
 
+    # Ended from outside, it takes away what it has begun; only the main thread can ask for that.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with audit.staged(output) as folder:
             report = audit.run(options.file, settings, folder, on_problem)

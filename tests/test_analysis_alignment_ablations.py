@@ -104,7 +104,6 @@ def test_all_but_one_meet_at_the_optimal_policy_of_their_reward(found):
         else:
             # Limited by the iterations: J is flat where the optimal policy hardly goes.
             assert full["kl_to_optimum"] < 1e-6 and abs(full["objective_gap"]) < 1e-6
-        assert full["gradient"] < 1e-6
 
 
 def test_the_optimum_of_exo_pref_on_a_pair_is_what_the_smoothing_says():

@@ -4,9 +4,12 @@ import errno
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -636,3 +639,20 @@ def test_command_interrupted_leaves_nothing(at, monkeypatch, capsys):
 def test_command_line_loads_the_library_only_to_run():
     names = {name for name in vars(cli) if name in sys.modules and name in {"torch", "numpy", "audit", "plots"}}
     assert not names
+
+
+def test_command_terminated_leaves_nothing(tmp_path):
+    """It waits for a log that another process writes, and is ended from outside."""
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "exo_toy.cli", "audit", str(fifo), "--output", str(output), "--no-figure"]
+    with subprocess.Popen([*command, "--beta-pi", "1", "--beta-r", "1"]) as process, fifo.open("w") as log:
+        log.write(json.dumps(GOOD) + "\n")
+        log.flush()
+        while not any(output.glob(".part-*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 143
+    assert not output.exists()
