@@ -31,8 +31,8 @@ the labelled pairs themselves; SFT is maximum likelihood of the chosen completio
 """,
     "alignment_steps": """\
 Oracle reward (top) and J of the reward that is optimised, the reward model's, at its temperature (bottom) against
-training steps, means over seeds and prompts; bands: 95 % bootstrap interval over seeds. Columns: temperatures. The
-dashed line is J of the optimal policy of the reward model, which nothing can exceed.
+training steps, means over seeds and prompts; bands: 95 % bootstrap interval over seeds. Columns: temperatures. "PPO, as
+few" descends many times on each batch, and its steps are those descents. The dashed line is J of the optimal policy of the reward model, which nothing can exceed.
 """,
 }
 
@@ -123,7 +123,7 @@ def _draw_steps(results: style.StoredResult, out_dir: Path) -> list[Path]:
     axes[0, 0].set_ylabel("oracle reward (nats)")
     axes[1, 0].set_ylabel(r"$J_\beta$, reward model (nats)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(handles))
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
     paths = style.save(figure, "alignment_steps", out_dir)
     plt.close(figure)
     return paths
