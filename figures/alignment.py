@@ -31,8 +31,9 @@ the labelled pairs themselves; SFT is maximum likelihood of the chosen completio
 """,
     "alignment_steps": """\
 Oracle reward (top) and J of the reward that is optimised, the reward model's, at its temperature (bottom) against
-training steps, means over seeds and prompts; bands: 95 % bootstrap interval over seeds. Columns: temperatures. "PPO, as
-few" descends many times on each batch, and its steps are those descents. The dashed line is J of the optimal policy of the reward model, which nothing can exceed.
+training steps, means over seeds and prompts; bands: 95 % bootstrap interval over seeds. Columns: temperatures. "PPO,
+as few" descends many times on each batch, and its steps are those descents. The dashed line is J of the optimal policy
+of the reward model, which nothing can exceed.
 """,
 }
 
