@@ -81,7 +81,7 @@ def render(outcomes: Mapping[Claim, Outcome], results: Results, preset: str, com
         lines += [f"### {title}", "", *_row(WIN_RATE_COLUMNS), *_row("---" for _ in WIN_RATE_COLUMNS)]
         lines += [line for method, *rates in rows for line in _row((method, *(f"{rate:.1f}" for rate in rates)))]
         lines += [""]
-    if "alignment" in results:
+    if any(claim.script == "analysis/alignment.py" for claim in outcomes):
         lines += ["### In the world of reviews", "", *_outcomes(results["alignment"]), ""]
     lines += ["## How the results came about", ""]
     columns = ("experiment", "date", "commit", "seed", "cases", "seconds", "python", *storage.PACKAGES)

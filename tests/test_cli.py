@@ -82,7 +82,7 @@ def checkout(tmp_path) -> Path:
     """The library, the runner and the style as they are; experiments, claims and figures of our own."""
     root = tmp_path / "checkout"
     for folder, files in {
-        "analysis": ("__init__", "runner", "storage", "claims", "report"),
+        "analysis": ("__init__", "cluster", "runner", "storage", "claims", "report"),
         "figures": ("__init__", "style"),
         "exo_toy": ("__init__", "cli"),
     }.items():
