@@ -54,7 +54,7 @@ class Config(Setting):
 
 PRESETS = {
     "quick": Config(length=4, betas=(0.1, 0.8), seeds=2, steps=60, tuning_steps=200, checkpoints=4),
-    "default": Config(length=5, betas=(0.1, 0.4, 1.6), seeds=3, steps=200, tuning_steps=400, checkpoints=8),
+    "default": Config(length=5, betas=(0.1, 0.4, 1.6), seeds=2, steps=200, tuning_steps=400, checkpoints=8),
     "full": Config(),
 }
 
