@@ -32,7 +32,7 @@ COMPARED = (
     ("exo_rw", "ppo"), ("ppo", "dpo_rw"), ("exo_rw", "dpo_rw"), ("exo_pref", "dpo_pref"),
     ("exo_rw", "ppo_few"), ("ppo", "ppo_few"),
 )  # fmt: skip
-# What does not depend on a temperature: told of the best of n too.
+# Told of the best of n too, which has no temperature: modes are then those at the first.
 OUTCOMES = (
     "kl_to_reference", "oracle_reward", "model_reward", "win_against_reference", "win_against_chosen",
     "model_win_against_reference", "model_win_against_chosen", "mode_mass",
@@ -101,7 +101,6 @@ def possible(setting: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     options = Setting(**setting)
     best = []
     for data in (drawn(options, seed) for seed in range(config.seeds)):
-        # What is told of it has no temperature.
         evaluator = Evaluator(reference, data, config.betas[0], options, config.betas[0])
         best.append(evaluator.metrics(best_of_n(log_ref, data.model, n=config.best_of[-1])))
     # What a perfect optimiser of the reward model reaches, [betas, seeds].

@@ -1,6 +1,6 @@
 """Runs experiments: independent cases in parallel, with progress, resumable, stored at the end.
 
-An experiment is a module of this package with
+An experiment is a module of this package, listed in :data:`analysis.storage.EXPERIMENTS`, with
 
 * ``Config``, a frozen dataclass of settings whose defaults are the reported run;
 * ``PRESETS``, the settings of "quick", "default" and "full" (the reported run);
@@ -39,17 +39,7 @@ from analysis import cluster, storage
 from analysis.cluster import ClusterError
 from exo_toy.cli import add_process_options
 
-EXPERIMENTS = (
-    "objective_identity",
-    "gradient_alignment",
-    "mode_seeking",
-    "density_ratio",
-    "lm_step",
-    "alignment",
-    "alignment_ablations",
-    "alignment_ratios",
-    "gradient_noise",
-)
+EXPERIMENTS = storage.EXPERIMENTS
 PRESETS = ("quick", "default", "full")
 # Settings given one by one on the command line: never mistaken for a preset's results.
 CUSTOM = "custom"

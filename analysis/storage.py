@@ -23,6 +23,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+# Every experiment, in the order in which they run; its figure is the module of the same name.
+EXPERIMENTS = (
+    "objective_identity",
+    "gradient_alignment",
+    "mode_seeking",
+    "density_ratio",
+    "lm_step",
+    "alignment",
+    "alignment_ablations",
+    "alignment_ratios",
+    "gradient_noise",
+)
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "analysis" / "results"
 REPORTED = "full"

@@ -26,17 +26,7 @@ from analysis.storage import StoredResult, load
 
 __all__ = ["METHODS", "Look", "StoredResult", "draw_all", "folder", "load", "main", "save", "theme"]
 
-FIGURES = (
-    "objective_identity",
-    "gradient_alignment",
-    "mode_seeking",
-    "density_ratio",
-    "lm_step",
-    "alignment",
-    "alignment_ablations",
-    "alignment_ratios",
-    "gradient_noise",
-)
+FIGURES = storage.EXPERIMENTS
 # Width of a column and of a page of a two-column paper, in inches.
 COLUMN, PAGE = 3.25, 6.75
 

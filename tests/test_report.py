@@ -189,6 +189,7 @@ def test_the_report_has_what_the_world_of_reviews_gave():
     found = dict.fromkeys(("kl_to_reference", "oracle_reward", "mode_mass", *wins), one)
     final = {"ppo": {"0.4": found}, "sft": {"0.4": found}}
     results = {"alignment": stored("alignment", {"final": final, "best_of_n": {**found, "n": 8}})}
+    results["alignment"].config["betas"] = [0.4]
     outcomes = {by_id("C13"): Outcome("", Verdict.HOLDS)}
     rows = table_rows(report.render(outcomes, results, "quick", "exo-toy reproduce --quick"))
     cells = ["0.50 [0.25, 0.75]"] * 2 + ["50.0 [25.0, 75.0]"] * 4 + ["0.50 [0.25, 0.75]"]
