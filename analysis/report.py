@@ -109,11 +109,10 @@ def _outcomes(stored: storage.StoredResult) -> list[str]:
         rows += [(LOOKS[method], beta, found) if method in LOOKS else ("SFT on chosen", "", found)
                  for beta, found in betas.items()]  # fmt: skip
     lines = [
-        "Win rates in per cent, by the reward model and by the oracle, exact, ties half; modes: the completions that"
-    ]
-    lines += ["the optimal policy of the oracle's reward at that β likes best. Means over prompts and seeds, with 95 %"]
-    lines += [
+        "Win rates in per cent, by the reward model and by the oracle, exact, ties half; modes: the completions that",
+        "the optimal policy of the oracle's reward at that β likes best. Means over prompts and seeds, with 95 %",
         "bootstrap intervals over seeds. β is the temperature of training: rows differ in divergence too (C13).",
+        f"Best-of-N and SFT have none; their modes are those at β = {stored.config['betas'][0]:g}.",
         "",
     ]
     lines += [*_row(columns), *_row("---" for _ in columns)]
