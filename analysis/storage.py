@@ -34,6 +34,11 @@ EXPERIMENTS = (
     "alignment_ablations",
     "alignment_ratios",
     "gradient_noise",
+    "refreshed_candidates",
+    "label_targets",
+    "vanishing_gradients",
+    "kl_estimators",
+    "expressivity",
 )
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "analysis" / "results"

@@ -8,6 +8,7 @@ import torch
 
 from analysis import claims, expressivity
 from analysis.claims import Verdict
+from analysis.claims.expressivity import _narrowest
 from analysis.storage import StoredResult
 from exo_toy.divergences import kl_divergence
 from exo_toy.policies import GRUPolicy
@@ -131,4 +132,4 @@ def test_narrowest_gru_is_named_or_said_to_be_missing():
         {"name": "parity", "length": 4, "width": width, "gap": gap} for width, gap in ((1, 0.5), (2, 9e-4), (4, 1e-6))
     ]
     cases.append({"name": "planted_modes", "length": 3, "width": 4, "gap": 0.02})
-    assert claims._narrowest(cases) == "parity T=4: width 2, planted modes T=3: none up to 4 (best 2.0e-02)"
+    assert _narrowest(cases) == "parity T=4: width 2, planted modes T=3: none up to 4 (best 2.0e-02)"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from analysis import label_targets, storage
+from analysis.claims import CLAIMS, Verdict, judge
 from analysis.label_targets import (
     LABELS,
     PRESETS,
@@ -169,3 +170,50 @@ def test_presets_are_complete():
     assert PRESETS["full"] == Config()
     assert set(PRESETS) == {"quick", "default", "full"}
     assert all(preset.label_smoothing in preset.label_smoothings for preset in PRESETS.values())
+
+
+def by_label(dpo_hard_attained: bool = False, restored: float = 1e-15, one_hot: float = 0.1) -> dict:
+    def case(labels: str, loss: str, kl: float, attained: bool = True) -> dict:
+        return {
+            "order": 2,
+            "labels": labels,
+            "loss": loss,
+            "kl_to_optimum": kl,
+            "missed_gain": kl,
+            "attained": attained,
+        }
+
+    cases = [
+        case("bradley_terry", "exo_pref@0.001", one_hot),
+        case("bradley_terry", "exo_retuned", 0.05),
+        case("bradley_terry", "exo_reward", restored),
+        case("hard", "exo_reward", restored),
+        case("bradley_terry", "dpo", 1e-16),
+        case("noisy", "dpo", 0.2),
+        case("hard", "dpo", 1.0, dpo_hard_attained),
+        # Of limited capacity: no part of the verdict.
+        {**case("bradley_terry", "exo_reward", 3.0), "order": 0},
+    ]
+    numbers = {
+        "cases": cases,
+        "two_completions": {"largest_error": 1e-12},
+        "effective_beta_share": {"0.001": 0.29},
+    }
+    config = {"seed": 5, "label_smoothing": 1e-3, "flip": 0.1}
+    return {"label_targets": storage.StoredResult("label_targets", "quick", config, {}, numbers, {})}
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, Verdict.HOLDS),
+        ({"dpo_hard_attained": True}, Verdict.FAILS),
+        ({"restored": 1e-3}, Verdict.FAILS),
+        ({"restored": math.nan}, Verdict.FAILS),
+        ({"one_hot": 1e-9}, Verdict.FAILS),
+    ],
+)
+def test_what_labels_target(changes, verdict):
+    outcome = judge(next(claim for claim in CLAIMS if claim.id == "B2"), by_label(**changes))
+    assert outcome.verdict == verdict
+    assert "β times 3.45" in outcome.practice and "10% of the labels" in outcome.ours

@@ -47,17 +47,19 @@ def run(config):
 """
 
 CLAIMS = """
+from analysis import storage
+from analysis.claims.base import Claim, Outcome, Verdict
+
 
 def _sum(results):
     total = results["mode_seeking"].number("sum")
-    wanted = (STORAGE.ROOT / "wanted").read_text()
-    return Outcome(f"sum {total}", Verdict.HOLDS if str(total) == wanted else Verdict.FAILS)
+    wanted = (storage.ROOT / "wanted").read_text()
+    return Outcome(f"sum {total}", Verdict.HOLDS if str(total) == wanted else Verdict.FAILS, "Add carefully.")
 
 
-from analysis import storage as STORAGE
 CLAIMS = (
-    Claim("F1", "the sum is right", "here", figure="mode_seeking", evaluate=_sum),
-    Claim("F2", "later", "there", why_not="planned"),
+    Claim("C2", "later", "there", why_not="planned"),
+    Claim("C1", "the sum is right", "here", figure="mode_seeking", evaluate=_sum),
 )
 """
 
@@ -82,18 +84,19 @@ def checkout(tmp_path) -> Path:
     """The library, the runner and the style as they are; experiments, claims and figures of our own."""
     root = tmp_path / "checkout"
     for folder, files in {
-        "analysis": ("__init__", "cluster", "runner", "storage", "claims", "report"),
+        "analysis": ("__init__", "cluster", "runner", "storage", "report"),
+        "analysis/claims": ("__init__", "base"),
         "figures": ("__init__", "style"),
         "exo_toy": ("__init__", "cli"),
     }.items():
         (root / folder).mkdir(parents=True)
         for file in files:
             shutil.copy(ROOT / folder / f"{file}.py", root / folder)
-    with (root / "analysis" / "claims.py").open("a") as file:
-        file.write(CLAIMS)
     for name in EXPERIMENTS:
         (root / "analysis" / f"{name}.py").write_text(EXPERIMENT)
         (root / "figures" / f"{name}.py").write_text(FIGURE.format(name=name))
+        (root / "analysis" / "claims" / f"{name}.py").write_text(CLAIMS if name == "mode_seeking" else "CLAIMS = ()\n")
+    (root / "analysis" / "claims" / "win_rates.py").write_text("CLAIMS = WIN_RATE_COLUMNS = ()\nWIN_RATES = {}\n")
     (root / "wanted").write_text("3")
     return root
 
@@ -129,7 +132,16 @@ def test_verify_runs_everything_and_prints_the_table(checkout):
     code, out, err = run(checkout, "verify", "--quick", "--jobs", "1")
     assert code == 0, err
     assert evaluated(checkout) == ALL
-    for text in ("F1", "the sum is right", "sum 3", "holds", "F2", "planned", "not tested here"):
+    for text in (
+        "C1",
+        "the sum is right",
+        "sum 3",
+        "In practice: Add carefully.",
+        "holds",
+        "C2",
+        "planned",
+        "not tested here",
+    ):
         assert text in out
     assert "mode_seeking: 3/3" in err
     assert not (checkout / "analysis" / ".cache" / "quick").exists()
@@ -141,7 +153,7 @@ def test_a_claim_that_fails_gives_exit_code_1_and_is_named(checkout):
     code, out, err = run(checkout, "reproduce", "--quick", "--jobs", "1")
     assert code == 1
     assert "fails" in out
-    assert "should hold and does not: F1" in err
+    assert "should hold and does not: C1" in err
     assert "**fails**" in (checkout / "paper_repro.md").read_text()
 
 
@@ -154,7 +166,7 @@ def test_reproduce_draws_and_writes_the_report(checkout):
             assert f"figures/quick/{name}.{suffix}" in out
     text = (checkout / "paper_repro.md").read_text()
     assert "`exo-toy reproduce --quick`" in text
-    assert "| F1 |" in text
+    assert "| C1 |" in text
     assert not list(checkout.rglob("*.part"))
 
 

@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 import pytest
 
-from analysis import claims, report, storage
+from analysis import report, storage
 from analysis.claims import CLAIMS, Claim, Outcome, Verdict, failed, judge
+from analysis.claims.mode_seeking import _holds_from
 
 ROOT = storage.ROOT
 
@@ -34,7 +35,7 @@ def identities(residual: float, name: str = "objective") -> dict:
 
 
 C1 = next(claim for claim in CLAIMS if claim.id == "C1")
-UNTESTED = Claim("X", "a | b", "somewhere", why_not="planned: later")
+UNTESTED = Claim("C99", "a | b", "somewhere", why_not="planned: later")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_only_claims_that_should_hold_count_as_failed():
     ],
 )
 def test_a_condition_on_k_is_where_it_holds_for_good(holds, from_k):
-    assert claims._holds_from(holds) == from_k
+    assert _holds_from(holds) == from_k
 
 
 def two_modes(fixed_points: dict[int, tuple[float, list[float]]], mean: list[float]) -> dict:
@@ -132,7 +133,7 @@ def test_what_a_claim_names_exists(claim):
     for name in claim.function.split(", "):
         module, _, function = name.rpartition(".")
         assert callable(getattr(importlib.import_module(module), function))
-    for path in (claim.test, claim.script, f"figures/{claim.figure}.py"):
+    for path in (*claim.test.split(", "), claim.script, f"figures/{claim.figure}.py"):
         assert (ROOT / path).is_file(), path
 
 
@@ -161,6 +162,14 @@ def test_the_report_has_a_row_for_each_claim(text):
     assert row["statement"] == r"a \| b"
     assert row["verdict"] == "**not tested here**"
     assert row["ours"] == "planned: later"
+
+
+def test_advice_stands_above_the_evidence():
+    beyond = Claim("B9", "b", "not in the paper")
+    outcomes = {C1: Outcome("a", Verdict.HOLDS), beyond: Outcome("b", Verdict.FAILS, "Take K* = 4.")}
+    text = report.render(outcomes, {}, "quick", "exo-toy reproduce --quick")
+    places = [text.index(part) for part in (r"Take K\* = 4. (B9)", "## The paper's claims", "| C1 |", "## Beyond")]
+    assert places == sorted(places) < [text.index("| B9 |")]
 
 
 def test_the_report_says_where_it_comes_from(text):

@@ -1,6 +1,7 @@
 """What the expected gradients of the K-candidate losses tend to, how fast, and where exactly they are already there."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def exo_rw_gradient_limit(
         >>> exo_rw_gradient_limit(*problem, k=2**20, beta_pi=0.5, beta_r=2.0).error < 1e-5
         True
     """
-    betas = {"beta_pi": beta_pi, "beta_r": beta_r}
+    betas: dict[str, Any] = {"beta_pi": beta_pi, "beta_r": beta_r}
     loss = finite_k.expected_exo_rw_loss(policy.log_probs(), log_ref, reward, k=k, **betas).mean()
     limit = kl_policy_to_optimal(policy.log_probs(), log_ref, reward, **betas).mean()
     return Theorem(
@@ -88,7 +89,7 @@ def dpo_rw_gradient_limit(
         >>> dpo_rw_gradient_limit(*problem, k=2**20, beta_pi=0.5, beta_r=2.0).error < 1e-5
         True
     """
-    betas = {"beta_pi": beta_pi, "beta_r": beta_r}
+    betas: dict[str, Any] = {"beta_pi": beta_pi, "beta_r": beta_r}
     loss = finite_k.expected_dpo_rw_loss(policy.log_probs(), log_ref, reward, k=k, **betas).mean()
     limit = kl_optimal_to_policy(policy.log_probs(), log_ref, reward, **betas).mean()
     return Theorem(
@@ -211,12 +212,12 @@ def dpo_rw_bias_rate(
         True
     """
 
-    def limit(log_pi: Tensor, **betas: float | int) -> Tensor:
+    def limit(log_pi: Tensor, **betas: Any) -> Tensor:
         log_pi_star, _ = optimal_policy(log_ref, reward, beta=betas["beta_r"])
         # KL(pi*||ref) - KL(pi*||pi) = E_{pi*}[log pi - log ref]
         return kl_optimal_to_policy(log_pi, log_ref, reward, **betas) - kl_divergence(log_pi_star, log_ref)
 
-    def loss(log_pi: Tensor, k: int, **betas: float | int) -> Tensor:
+    def loss(log_pi: Tensor, k: int, **betas: Any) -> Tensor:
         expected = finite_k.expected_dpo_rw_loss(log_pi, log_ref, reward, k=k, **betas)
         return expected - torch.tensor(k, dtype=torch.float64).log()
 
