@@ -123,7 +123,7 @@ def _missed(ax: Axes, cases: list[dict[str, Any]], config: dict[str, Any]) -> No
             # Those on the axis are drawn whole; a line without points has no place.
             points.set_clip_on(not values)
     ax.set_xticks(range(len(LABELS)), ["Bradley-\nTerry", "noisy\nlabels", "hard\nlabels"])
-    ax.set(yscale="log", ylim=(FLOOR, 10), ylabel="share of the gain in J missed", title="(f) what it costs")
+    ax.set(yscale="log", ylim=(FLOOR, None), ylabel="share of the gain in J missed", title="(f) what it costs")
     ax.legend(fontsize=5, loc="upper center", bbox_to_anchor=(0.5, -0.26), ncols=2)
 
 

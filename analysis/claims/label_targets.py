@@ -36,14 +36,16 @@ def _label_targets(results: Results) -> Outcome:
         + ", ".join(f"{name} at most {value:.1e}" for name, value in restored.items())
         + f", EXO-pref on one-hot labels at least {one_hot:.1e}; DPO on hard labels has "
         + ("no optimum" if unbounded else "an optimum")
-        + f". Share of the gain in J missed: EXO-pref at ε={eps} up to {missed[f'exo_pref@{eps}']:.2g}, with β times "
+        + f". Share of the gain in J missed (above 1: worse than the reference): EXO-pref at ε={eps} up to "
+        f"{missed[f'exo_pref@{eps}']:.2g}, with β times "
         f"{1 / share:.3g} {missed['exo_retuned']:.2g}; DPO with {stored.config['flip']:.0%} of the labels turned over "
         f"{noisy:.2g}"
     )
     practice = (
         f"With one label per pair EXO-pref's ε is a temperature: at ε={eps} small differences of reward are followed "
-        f"as at {share:.2g}·β. Pass each label's probability of being wrong as label_smoothing where it is known: that "
-        f"restores π*_β whatever the noise; where it is not, take DPO, or EXO-pref with β times {1 / share:.3g}."
+        f"as at {share:.2g}·β. As label_smoothing pass each pair's true probability that the rejected one is better, "
+        "as a reward model gives it, and π*_β is restored whatever the noise of the labels; without one take DPO, or "
+        f"EXO-pref with β times {1 / share:.3g}."
     )
     exact = all(value <= MAXIMISER_TOLERANCE for value in (error, *restored.values()))
     return Outcome(text, holds_if(exact and one_hot > MAXIMISER_TOLERANCE and unbounded), practice)
