@@ -48,10 +48,10 @@ def _gradient_noise(results: Results) -> Outcome:
     )
     few = "4" if "4" in at_start else first
     practice = (
-        f"Noise is no reason to prefer one: at K={few} EXO-rw starts with {at_start[few]['mean']:.2g} times PPO's per "
-        f"sample and later has less in {sum(less)} of {len(less)} cases. A policy gradient without a baseline is the one "
-        f"to avoid ({min(baselines):.2g} to {max(baselines):.2g} times the noise): subtract the mean reward of the "
-        "prompt's other candidates."
+        f"Noise is no reason to prefer EXO-rw or PPO: at K={few} EXO-rw starts with {at_start[few]['mean']:.2g} times "
+        f"PPO's per sample and later has less in {sum(less)} of {len(less)} cases. What to avoid is a policy gradient "
+        f"without a baseline ({min(baselines):.2g} to {max(baselines):.3g} times the noise): subtract the mean reward "
+        "of the prompt's other candidates."
     )
     verdict = Verdict.HOLDS if all(less) else Verdict.CONDITIONAL if any(less) else Verdict.FAILS
     return Outcome(text, verdict, practice)
