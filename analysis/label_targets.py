@@ -70,8 +70,8 @@ class Config:
 
 
 PRESETS = {
-    "quick": Config(vocab_size=2, label_smoothings=(1e-3, 0.3), gaps=(0.5, 2.0), spreads=(2.0,), iterations=1000),
-    "default": Config(vocab_size=2, spreads=(2.0,), iterations=2000),
+    "quick": Config(vocab_size=2, label_smoothings=(1e-3, 0.3), gaps=(0.5, 2.0), iterations=1000),
+    "default": Config(vocab_size=2, iterations=2000),
     "full": Config(),
 }
 
@@ -205,7 +205,7 @@ def recovered(
     preference = preference_of(labels, problem.reward, flip)
     case = {"world": world, "spread": spread, "order": order, "labels": labels, "loss": loss}
     if loss == "dpo" and not dpo_optimum_exists(preference):
-        return {**case, "attained": False, **without_optimum(problem)}, None
+        return {**case, "attained": False, **without_optimum(problem, preference)}, None
     of_pairs = pair_loss(loss, preference, problem.reward, beta=beta, flip=flip, label_smoothing=label_smoothing)
     # Of a policy that cannot hold both ends, the better of two local minima is reported.
     starts = (problem.log_ref,) if order == problem.space.length - 1 else (problem.log_ref, problem.log_pi_star)
@@ -232,11 +232,19 @@ def recovered(
     }, gaps.numpy()
 
 
-def without_optimum(problem: World) -> dict[str, float]:
-    """Where hard labels lead a full table: all mass on the best completion, the loss falling to its infimum."""
+def without_optimum(problem: World, preference: Tensor) -> dict[str, Any]:
+    """Where hard labels lead a full table: all mass on the best completion, the loss falling as margins grow."""
+    rank = problem.reward.unique(return_inverse=True)[1].double()
+    dpo = pair_loss("dpo", preference, problem.reward, beta=problem.beta, flip=0.0, label_smoothing=0.0)
+    falling = [
+        expected_preference_loss(
+            (problem.log_ref + margin / problem.beta * rank).log_softmax(-1), problem.log_ref, preference, dpo
+        ).item()
+        for margin in (1.0, 2.0, 4.0, 8.0, 16.0)
+    ]
     log_pi = torch.full_like(problem.log_ref, -math.inf)
     log_pi[problem.reward.argmax()] = 0.0
-    return {**measured(problem, log_pi), "slope": math.inf, "slope_small": math.inf}
+    return {**measured(problem, log_pi), "slope": math.inf, "slope_small": math.inf, "loss_by_margin": falling}
 
 
 def measured(problem: World, log_pi: Tensor) -> dict[str, float]:

@@ -7,8 +7,8 @@
    policy that gives the completion which pi* wants far too little. Either the reference does so too, and the margins
    start at zero ("reference"): what is rare is then hardly ever drawn. Or the policy alone has got there, the margins
    start far from zero ("policy") and EXO's weights are saturated. Reported: the time until J has made up nine tenths
-   of what it lacks, times the largest curvature on the way, which is the number of steps of gradient descent at the
-   largest rate that is safe all along; and the steps that Adam takes at one rate.
+   of what it lacks, times the largest curvature L on the way: the steps of gradient descent at the rate 1/L, half of
+   that at which it becomes unstable; and the steps that Adam takes at one rate.
 
 Everything is exact; nothing is sampled.
 """
@@ -35,7 +35,7 @@ LOSSES = ("exo_rw", "dpo_rw", "exo_pref", "dpo_pref")
 TRAININGS = ("exo_rw", "exo_pref", "dpo_pref", "exo_rw_many", "dpo_rw_many", "reverse_kl", "forward_kl")
 SCENARIOS = ("reference", "policy")
 # Of the path, at which the curvature is computed.
-POINTS = 12
+POINTS = 50
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ All in float64, for one distribution [N]. Counts are certified from below: what 
 than rounding can explain.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ def hankel_ranks(space: SequenceSpace, log_p: Float[Tensor, " N"], *, log_error:
     Args:
         space: N completions.
         log_p: [N] normalised log-probabilities, -inf for zero.
-        log_error: δ, at least 0, in nats; None for 16 roundings relative to the largest finite one.
+        log_error: δ, at least 0, in nats; None for 16 roundings of the table's dtype, relative to the
+            largest finite one.
 
     Returns:
         HankelRanks.
@@ -246,7 +248,7 @@ def least_gap(space: SequenceSpace, log_p: Float[Tensor, " N"], *, n_states: int
     """
     checks.require_integer("n_states", n_states, at_least=1)
     information, reached = cut_information(space, log_p)
-    lost = information - reached * torch.tensor(float(n_states), dtype=torch.float64).log()
+    lost = information - reached * math.log(n_states)
     return lost.max().clamp(min=0.0)
 
 
@@ -277,13 +279,15 @@ def _classes(values: Tensor, tolerance: float) -> Tensor:
 
 def _table(space: SequenceSpace, log_p: Tensor, log_error: float | None) -> tuple[Tensor, float]:
     """The checked table in float64, and how far its entries may be from the truth."""
+    checks.require_floating(log_p=log_p)
+    given = torch.finfo(log_p.dtype).eps
     (log_p,) = checks.as_tables(log_p=log_p)
     if log_p.shape != (space.size,):
         raise ValueError(f"log_p must have shape [{space.size}]; got {list(log_p.shape)}")
     checks.require_log_probabilities(log_p=log_p)
     if log_error is None:
         largest = log_p.masked_fill(log_p == -torch.inf, 0.0).abs().max().item()
-        return log_p, ROUNDINGS * EPS * (1 + largest)
+        return log_p, ROUNDINGS * given * (1 + largest)
     checks.require_real("log_error", log_error, allowed="a finite number of at least 0", low=0.0, high=float("inf"),
                         low_allowed=True)  # fmt: skip
     return log_p, log_error

@@ -25,8 +25,8 @@ def expectation(log_p: Float[Tensor, "*#X N"], values: Float[Tensor, "*#X N"]) -
     """
     p = log_p.exp()
     values = torch.where(log_p > -torch.inf, values, 0.0)
-    # A positive weight may underflow to 0; an infinite value still counts in full.
-    return torch.where((p == 0) & values.isinf(), values, p * values).sum(-1)
+    # A positive weight may underflow to 0; an infinite value still counts in full, and gets the weight's gradient, 0.
+    return torch.where((p == 0) & values.isinf(), values.detach(), p * values).sum(-1)
 
 
 def log_softmax(logits: Float[Tensor, "*leading N"], mask: Bool[Tensor, "*leading N"] | None = None) -> Tensor:

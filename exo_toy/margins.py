@@ -14,6 +14,9 @@ is ordered as it should be. The margin is not the reference's own log odds: log 
 every pair starts at m = 0, and a margin far below is what training has put there. Float64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float, Float64
 from scipy import special
@@ -101,7 +104,7 @@ def dpo_margin_gradient(margin: Float[Tensor, "..."], *, target: Target) -> Floa
     margin, target = _pair(margin, target, infinite=True)
     side = torch.where(margin <= target, 1.0, -1.0).double()
     # The difference of two sigmoids near 1 without their common digits.
-    gap = torch.expm1(-(margin - target).abs())
+    gap = torch.expm1(side * (margin - target))
     return side * (-side * margin).sigmoid() * (side * target).sigmoid() * gap
 
 
@@ -146,7 +149,8 @@ def exo_flow_time(start: Float[Tensor, "..."], end: Float[Tensor, "..."], *, tar
         target: t in nats, at most 300 in size, broadcast against both.
 
     Returns:
-        The common shape, at least 0, float64; infinite where the end is the target, which is never reached.
+        The common shape, at least 0, float64; infinite where the end is the target, which is never reached. A short
+        interval loses the digits that the times to its two ends have in common.
 
     Raises:
         ValueError: an end that is not between start and target, values out of range.
@@ -180,7 +184,8 @@ def dpo_flow_time(start: Float[Tensor, "..."], end: Float[Tensor, "..."], *, tar
         target: t in nats, at most 300 in size or infinite, broadcast against both.
 
     Returns:
-        The common shape, at least 0, float64; infinite where the end is the target, which is never reached.
+        The common shape, at least 0, float64; infinite where the end is the target, which is never reached. A short
+        interval loses the digits that the times to its two ends have in common.
 
     Raises:
         ValueError: an end that is not between start and target, values out of range.
@@ -247,9 +252,24 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 def _e1(x: Tensor) -> Tensor:
     """The exponential integral of e^-u / u from x on."""
-    return torch.as_tensor(special.exp1(x.cpu().numpy()), dtype=x.dtype, device=x.device)
+    return _ExponentialIntegral.apply(x, special.exp1, -1.0)
 
 
 def _ei(x: Tensor) -> Tensor:
     """The principal value of the integral of e^u / u up to x."""
-    return torch.as_tensor(special.expi(x.cpu().numpy()), dtype=x.dtype, device=x.device)
+    return _ExponentialIntegral.apply(x, special.expi, 1.0)
+
+
+class _ExponentialIntegral(torch.autograd.Function):
+    """One of the two by SciPy; its derivative is sign * exp(sign * x) / x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, integral: Callable[..., Any], sign: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sign = sign
+        return torch.as_tensor(integral(x.cpu().numpy()), dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return grad * ctx.sign * torch.exp(ctx.sign * x) / x, None, None

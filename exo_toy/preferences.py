@@ -156,7 +156,8 @@ def exo_pref_effective_beta(
         \;\to\; \frac{2 \beta}{\log\frac{1-\varepsilon}{\varepsilon}} \quad (P \to \tfrac12)
 
     The optimal policy at this temperature, for rewards that differ by logit P, has the log ratios at which the
-    expected loss of the pair is least. It is beta for one P only, and for none where eps > 1/(1 + e^2) = 0.119.
+    expected loss of the pair is least. It is beta for one P and 1 - P only, and for none where
+    eps > 1/(1 + e^2) = 0.119.
 
     Source: not in the paper.
 
@@ -177,9 +178,10 @@ def exo_pref_effective_beta(
     """
     checks.require_positive(beta=beta)
     x = 2 * _as_probabilities(preference) - 1
-    # logit P = 2 artanh x.
-    at_half = x == 0
-    ratio = torch.where(at_half, 1.0, torch.atanh(x) / torch.where(at_half, 1.0, x))
+    # logit P = 2 artanh x; near 0 the series of artanh x / x, whose derivatives are right there too.
+    near = x.abs() < 1e-3
+    series = 1 + x**2 / 3 + x**4 / 5 + x**6 / 7
+    ratio = torch.where(near, series, torch.atanh(x) / torch.where(near, 1.0, x))
     return 2 * beta * ratio / _sharpness(label_smoothing)
 
 
@@ -262,7 +264,9 @@ def expected_preference_loss(
     chosen = torch.arange(n, device=log_ref.device).repeat_interleave(n)
     rejected = torch.arange(n, device=log_ref.device).repeat(n)
     losses = loss(log_pi[chosen], log_pi[rejected], log_ref[chosen], log_ref[rejected]).unflatten(0, (n, n))
-    # The sum holds both orders of a pair, so that either label contributes one half of it.
+    # A label that is never given costs nothing, be its loss infinite. The sum holds both orders of a pair, so that
+    # either label contributes one half of it.
+    losses = torch.where(preference > 0, losses, 0.0)
     return 2 * expectation(log_ref, expectation(log_ref, preference * losses))
 
 

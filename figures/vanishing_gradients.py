@@ -19,8 +19,8 @@ of its scaled log ratios, in closed form; EXO-rw and DPO-rw at a difference of r
 one label (colours as in b); dips: the loss's own target. (b) Time of gradient flow on the margin from a misordered
 pair to even odds, in closed form (lines), and steps of gradient descent times their rate (markers, where few enough
 were needed). (c, d) Training of a full table under expected losses until J has made up nine tenths of what it lacks,
-from a start that gives e^-w to the completion to which π* gives most: steps of gradient descent at the largest rate
-that is safe on the whole path (time of gradient flow times its largest curvature). (c) The reference is as wrong as
+from a start that gives e^-w to the completion to which π* gives most: steps of gradient descent at the rate 1/L, L the
+largest curvature on the path (time of gradient flow times L). (c) The reference is as wrong as
 the policy, all margins start at zero. (d) Only the policy is wrong, against an even reference. K = 2 where not said;
 "many": more candidates. On Bradley-Terry labels DPO is DPO-rw at K = 2. (e, f) The same with Adam at one rate; curves
 end where the most steps allowed did not do.

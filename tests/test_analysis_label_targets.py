@@ -172,34 +172,38 @@ def test_presets_are_complete():
     assert all(preset.label_smoothing in preset.label_smoothings for preset in PRESETS.values())
 
 
-def by_label(dpo_hard_attained: bool = False, restored: float = 1e-15, one_hot: float = 0.1) -> dict:
-    def case(labels: str, loss: str, kl: float, attained: bool = True) -> dict:
+def by_label(falling: bool = True, restored: float = 1e-15, one_hot: float = 0.1) -> dict:
+    def case(labels: str, loss: str, kl: float, **more: object) -> dict:
         return {
             "order": 2,
+            "spread": 2.0,
             "labels": labels,
             "loss": loss,
             "kl_to_optimum": kl,
             "missed_gain": kl,
-            "attained": attained,
+            **more,
         }
 
     cases = [
         case("bradley_terry", "exo_pref@0.001", one_hot),
+        case("noisy", "exo_pref@0.001", 0.3),
         case("bradley_terry", "exo_retuned", 0.05),
+        case("noisy", "exo_retuned", 0.04),
+        case("noisy", "exo_frequency", 0.03),
         case("bradley_terry", "exo_reward", restored),
         case("hard", "exo_reward", restored),
         case("bradley_terry", "dpo", 1e-16),
         case("noisy", "dpo", 0.2),
-        case("hard", "dpo", 1.0, dpo_hard_attained),
+        case("hard", "dpo", 1.0, attained=False, loss_by_margin=[3.0, 2.0, 1.0 if falling else 2.5]),
         # Of limited capacity: no part of the verdict.
-        {**case("bradley_terry", "exo_reward", 3.0), "order": 0},
+        *(case("bradley_terry", loss, 3.0, order=0) for loss in ("exo_reward", "exo_pref@0.001", "dpo")),
     ]
     numbers = {
         "cases": cases,
         "two_completions": {"largest_error": 1e-12},
         "effective_beta_share": {"0.001": 0.29},
     }
-    config = {"seed": 5, "label_smoothing": 1e-3, "flip": 0.1}
+    config = {"label_smoothing": 1e-3, "flip": 0.1, "spreads": [2.0]}
     return {"label_targets": storage.StoredResult("label_targets", "quick", config, {}, numbers, {})}
 
 
@@ -207,13 +211,17 @@ def by_label(dpo_hard_attained: bool = False, restored: float = 1e-15, one_hot: 
     ("changes", "verdict"),
     [
         ({}, Verdict.HOLDS),
-        ({"dpo_hard_attained": True}, Verdict.FAILS),
+        ({"falling": False}, Verdict.FAILS),
         ({"restored": 1e-3}, Verdict.FAILS),
         ({"restored": math.nan}, Verdict.FAILS),
-        ({"one_hot": 1e-9}, Verdict.FAILS),
+        ({"one_hot": 1e-13}, Verdict.FAILS),
     ],
 )
 def test_what_labels_target(changes, verdict):
     outcome = judge(next(claim for claim in CLAIMS if claim.id == "B2"), by_label(**changes))
     assert outcome.verdict == verdict
-    assert "β times 3.45" in outcome.practice and "10% of the labels" in outcome.ours
+    assert "10% turned over DPO 0.2, EXO-pref at ε=0.001 0.3" in outcome.ours
+    if verdict == Verdict.HOLDS:
+        assert "β times 3.45 (0.05), DPO (0.2), EXO-pref at ε=0.001 (0.3)" in outcome.practice
+    else:
+        assert not outcome.practice

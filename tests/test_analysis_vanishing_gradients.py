@@ -190,41 +190,41 @@ def test_presets_are_complete():
         assert min(len(preset.wrong_reference), len(preset.wrong_policy)) >= 2
 
 
-def wrong_starts(
-    reference: float, policy: float, exo: tuple[float, ...] = (3.0, 40.0, 1e6), error: float = 1e-15
-) -> dict:
-    """EXO-rw's steps where the reference and where the policy is wrong; DPO's are 10."""
+def wrong_starts(reference: float, policy: float, farthest: float = 1.8e11, error: float = 1e-15) -> dict:
+    """EXO's steps where the reference and where the policy is wrong; DPO's are 10."""
     steps = {"exo_rw_many": 5.0, "reverse_kl": 2.0, "dpo_pref": 10.0}
     training = [
-        {"scenario": scenario, "training": name, "wrong": wrong, "steps": value, "adam_steps": 7.0}
+        {"scenario": scenario, "training": name, "wrong": wrong, "steps": value, "adam_steps": math.inf}
         for scenario, own in (("reference", reference), ("policy", policy))
         for wrong, scale in ((1.0, 0.1), (8.0, 1.0))
-        for name, value in {**{name: scale * value for name, value in steps.items()}, "exo_rw": scale * own}.items()
+        for name, value in {
+            **{name: scale * value for name, value in steps.items()},
+            "exo_rw": scale * own,
+            "exo_pref": scale * own,
+        }.items()
     ]
-    correction = {"exo_pref": {"time": list(exo)}, "dpo_pref": {"time": [3.0, 7.0, 20.0]}}
+    # e^m / (m + 2) and m at 28 nats, about.
+    correction = {"exo_pref": {"time": [3.0, 40.0, farthest]}, "dpo_pref": {"time": [3.0, 7.0, 29.0]}}
     numbers = {"largest_gradient_error": error, "correction": correction, "training": training}
-    config = {
-        "seed": 5,
-        "misordered": [1.0, 6.0, 20.0],
-        "wrong_reference": [1.0, 8.0],
-        "wrong_policy": [1.0, 8.0],
-        "many": 64,
-    }
+    config = {"misordered": [1.0, 6.0, 28.0], "label_smoothing": 0.1192, "many": 64}
+    config |= {"wrong_reference": [1.0, 8.0], "wrong_policy": [1.0, 8.0]}
     return {"vanishing_gradients": storage.StoredResult("vanishing_gradients", "quick", config, {}, numbers, {})}
 
 
 @pytest.mark.parametrize(
     ("results", "verdict"),
     [
-        (wrong_starts(20.0, 50.0), Verdict.HOLDS),
-        (wrong_starts(5.0, 50.0), Verdict.CONDITIONAL),
-        (wrong_starts(5.0, math.inf), Verdict.CONDITIONAL),
-        (wrong_starts(5.0, 5.0), Verdict.FAILS),
-        (wrong_starts(20.0, 50.0, exo=(3.0, 40.0, 120.0)), Verdict.FAILS),
-        (wrong_starts(20.0, 50.0, error=1e-9), Verdict.FAILS),
+        (wrong_starts(20.0, 50.0, farthest=math.exp(28) / 30), Verdict.HOLDS),
+        (wrong_starts(5.0, 50.0, farthest=math.exp(28) / 30), Verdict.CONDITIONAL),
+        (wrong_starts(5.0, math.inf, farthest=math.exp(28) / 30), Verdict.CONDITIONAL),
+        (wrong_starts(5.0, 5.0, farthest=math.exp(28) / 30), Verdict.FAILS),
+        # As fast as e^m, without the m below.
+        (wrong_starts(20.0, 50.0, farthest=math.exp(28)), Verdict.FAILS),
+        (wrong_starts(20.0, 50.0, farthest=math.exp(28) / 30, error=1e-9), Verdict.FAILS),
     ],
 )
 def test_vanishing_gradients_cost_time_where_the_policy_is_wrong(results, verdict):
     outcome = judge(next(claim for claim in CLAIMS if claim.id == "B3"), results)
     assert outcome.verdict == verdict
     assert "1 at 1, 5.7 at 6" in outcome.ours and "reference wrong by 8 nats" in outcome.ours
+    assert "(Adam: EXO-rw not reached" in outcome.ours

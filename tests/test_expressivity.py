@@ -279,3 +279,18 @@ def test_numbers_are_checked():
         least_gap(space, uniform(space), n_states=0)
     with pytest.raises(ValueError, match=r"order must be in 0\.\.1"):
         conditional_mutual_information(space, uniform(space), 2)
+
+
+def test_roundings_of_a_narrow_dtype_are_no_states():
+    """Independent tokens: one state throughout, also where the table was rounded to float32."""
+    space = SequenceSpace(2, 6)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(6, 2, generator=generator).log_softmax(-1)
+    log_p = tokens[torch.arange(6), space.tokens()].sum(-1).log_softmax(-1)
+    assert log_p.dtype == torch.float32
+    assert hankel_ranks(space, log_p).ranks.tolist() == state_counts(space, log_p).tolist() == [1] * 6
+
+
+def test_any_number_of_states_may_be_asked_for():
+    space = SequenceSpace(2, 2)
+    assert least_gap(space, torch.tensor([0.5, 0.0, 0.0, 0.5]).log(), n_states=10**400).item() == 0.0

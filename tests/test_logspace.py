@@ -160,3 +160,13 @@ def test_logaddexp_gradcheck():
     a, b = double(0.3, -1.2, 5.0).requires_grad_(), double(-0.4, 2.0, 5.5).requires_grad_()
     assert torch.autograd.gradcheck(logspace.logaddexp, (a, b))
     assert torch.autograd.gradgradcheck(logspace.logaddexp, (a, b))
+
+
+def test_an_infinite_value_of_underflowing_weight_gets_the_weight_as_gradient():
+    values = torch.tensor([1.0, torch.inf], requires_grad=True)
+    log_p = torch.tensor([0.0, -200.0])
+    assert log_p.exp()[1] == 0
+    result = logspace.expectation(log_p, values)
+    result.backward()
+    assert result.item() == torch.inf
+    assert values.grad.tolist() == [1.0, 0.0]

@@ -184,3 +184,27 @@ def test_bad_input_is_named():
         exo_flow_time(torch.tensor([0.0]), torch.tensor([0.0]), target=math.inf)
     with pytest.raises(ValueError, match="end must have a floating-point dtype"):
         dpo_flow_time(torch.tensor([0.0]), torch.tensor([0]), target=2.0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients_differentiate_to_the_curvature_at_the_target_too(target):
+    margin = torch.tensor([target, target - 1.0, target + 1.0], dtype=torch.float64, requires_grad=True)
+    for gradient, curvature in (
+        (dpo_margin_gradient(margin, target=target), dpo_margin_curvature(margin)),
+        (exo_margin_gradient(margin, target=target), exo_margin_curvature(margin, target=target)),
+    ):
+        (by_autograd,) = torch.autograd.grad(gradient.sum(), margin)
+        torch.testing.assert_close(by_autograd, curvature.detach(), rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize(
+    ("time", "gradient"), [(exo_flow_time, exo_margin_gradient), (dpo_flow_time, dpo_margin_gradient)]
+)
+@pytest.mark.parametrize("target", [-1.5, 0.5, 6.0])
+def test_time_falls_with_the_start_as_the_gradient_says(time, gradient, target):
+    """d time / d start = 1 / gradient, d time / d end = -1 / gradient."""
+    start = torch.tensor([target - 3.0, target + 2.0], dtype=torch.float64, requires_grad=True)
+    end = torch.tensor([target - 0.5, target + 0.5], dtype=torch.float64, requires_grad=True)
+    slopes = torch.autograd.grad(time(start, end, target=target).sum(), (start, end))
+    expected = [sign / gradient(x.detach(), target=target) for sign, x in ((1, start), (-1, end))]
+    torch.testing.assert_close(list(slopes), expected, rtol=1e-11, atol=0)

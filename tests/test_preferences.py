@@ -239,3 +239,23 @@ def test_bad_input_is_named():
         expected_preference_loss(log_pi, log_ref, preference[:2, :2], dpo(1.0))
     with pytest.raises(ValueError, match="log_pi"):
         expected_preference_loss(log_pi + 1, log_ref, preference, dpo(1.0))
+
+
+def test_a_label_that_is_never_given_costs_nothing_be_its_loss_infinite():
+    log_pi, log_ref = torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).double().log()
+    prefer = hard_labels(torch.tensor([1.0, 0.0]))
+
+    def loss(chosen, rejected, ref_chosen, ref_rejected):
+        return torch.where(chosen < rejected, torch.inf, 1.0)
+
+    assert expected_preference_loss(log_pi, log_ref, prefer, loss).item() == 1.0
+
+
+def test_effective_temperature_has_its_curvature_at_even_odds():
+    p = torch.tensor([0.5, 0.5 + 1e-4, 0.5 + 1e-2], dtype=torch.float64, requires_grad=True)
+    beta = exo_pref_effective_beta(p, beta=1.0, label_smoothing=1e-3)
+    (slope,) = torch.autograd.grad(beta.sum(), p, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), p)
+    # 2 / log((1-eps)/eps) times the series 1 + x^2/3 + x^4/5 of artanh(x)/x, x = 2P - 1.
+    scale, x = 2 / math.log(999), (2 * p.detach() - 1)
+    torch.testing.assert_close(curvature, scale * 4 * (2 / 3 + 12 / 5 * x**2), rtol=1e-4, atol=0)

@@ -5,7 +5,7 @@ reads it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -67,8 +67,11 @@ class Claim:
 
 
 def judge(claim: Claim, results: Results) -> Outcome:
-    """The outcome of a claim; of one that is not tested, the reason."""
-    return claim.evaluate(results) if claim.evaluate else Outcome(claim.why_not, Verdict.NOT_TESTED)
+    """The outcome of a claim; of one that is not tested, the reason. A claim that fails gives no advice."""
+    if claim.evaluate is None:
+        return Outcome(claim.why_not, Verdict.NOT_TESTED)
+    outcome = claim.evaluate(results)
+    return replace(outcome, practice="") if outcome.verdict == Verdict.FAILS else outcome
 
 
 def failed(outcomes: Mapping[Claim, Outcome]) -> list[Claim]:

@@ -38,12 +38,36 @@ def _kl_estimators(results: Results) -> Outcome:
         f"noisy: {least}. Relative errors: right {error:.0e}, closed forms {residual:.0e}, biased from "
         f"{stored.number('smallest_error_of_biased'):.0e} up"
     )
-    practice = (
-        "To penalise KL(π‖π_ref) put k1 into the reward, to go and with a baseline, and weight old completions by the "
-        f"ratio of the prefix; k3 as a loss pulls elsewhere ({by_sequence:.0%} off at {middle} nat)."
+    winners = {at: min(values, key=values.__getitem__) for at, values in noise.items()}
+    usual, close = winners[far], winners[near]
+    # From where on the way that is least noisy far from the reference beats the one that is so near it.
+    switch = next(at for at in distances if noise[at][usual] <= noise[at][close])
+    practice = f"To penalise KL(π‖π_ref) from about {switch} nats on, take {_in_words(usual)}"
+    if close != usual:
+        nearer, farther = (noise[at][close] / noise[at][usual] for at in (near, far))
+        practice += (
+            f"; nearer, {_in_words(close)} is less noisy ({nearer:.2g} times as noisy at {near} nats, {farther:.2g} "
+            f"times at {far})"
+        )
+    practice += (
+        f". Weight old completions by the ratio of the prefix, and differentiate no k3 alone ({by_sequence:.0%} off at "
+        f"{middle} nat)."
     )
     exact = error <= GRADIENT_IDENTITY and residual <= GRADIENT_IDENTITY
     return Outcome(text, holds_if(exact and not stored.number("not_as_derived")), practice)
+
+
+def _in_words(way: str) -> str:
+    """A way of ``noise``: level, estimator, use and whether with a baseline."""
+    level, estimator, use, *baseline = way.split()
+    uses = {
+        "loss": f"{estimator} as a loss",
+        "reward": f"{estimator} in the reward",
+        "importance": f"{estimator} times the differentiated ratio of the prefix",
+    }
+    to_go = ", to go" if (level, use) == ("token", "reward") else ""
+    by = "by token" if level == "token" else "of the whole completion"
+    return f"{uses[use]} {by}{to_go}{' with a baseline' if baseline else ''}"
 
 
 CLAIMS = (

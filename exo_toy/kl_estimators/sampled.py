@@ -219,6 +219,8 @@ def _require_baseline(baseline: Tensor, factor: Tensor) -> None:
     wanted = list(factor.shape)
     if baseline.ndim != 2 or any(have not in (1, want) for have, want in zip(baseline.shape, wanted, strict=True)):
         raise ValueError(f"baseline must be {wanted}, or 1 in place of either; got {list(baseline.shape)}")
+    bad = ~baseline.detach().isfinite()
+    checks.require_values([baseline], (bad, lambda: f"baseline must be finite; got {checks.first_bad(baseline, bad)}"))
 
 
 def _not_finite(name: str, values: Tensor, bad: Tensor) -> str:

@@ -53,7 +53,9 @@ def exo_pref_loss(
         ref_chosen_logps: [B] under the reference; finite.
         ref_rejected_logps: [B] under the reference; finite.
         beta: above 0; multiplies the log ratios.
-        label_smoothing: eps in (0, 1/2), or [B] in (0, 1), the probability that each label is wrong.
+        label_smoothing: eps in (0, 1/2), or [B] in (0, 1), of each pair the probability that its rejected completion
+            is the better one, as a model of rewards gives it: not a share of labels that are wrong, which is one
+            number for all pairs.
 
     Returns:
         PreferenceLoss; losses [B] in [0, inf), 0 where sigma(m) = 1 - eps, in the policy log-probabilities' dtype
