@@ -34,6 +34,7 @@ EXPERIMENTS = (
     "alignment_ablations",
     "alignment_ratios",
     "gradient_noise",
+    "fixed_points",
     "refreshed_candidates",
     "label_targets",
     "vanishing_gradients",
