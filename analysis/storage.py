@@ -40,6 +40,7 @@ EXPERIMENTS = (
     "vanishing_gradients",
     "kl_estimators",
     "expressivity",
+    "alpha_divergences",
 )
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "analysis" / "results"

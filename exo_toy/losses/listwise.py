@@ -53,8 +53,8 @@ def exo_rw_loss(
         >>> exo_rw_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 1.0]]), beta_pi=0.5, beta_r=1.0)
         tensor([0.])
     """
-    log_p_f, log_p_r = _candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask, log_weights)
-    return logspace.expectation(log_p_f, log_p_f - log_p_r).to(_dtype(log_ratio, rewards, log_weights))
+    log_p_f, log_p_r = candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask, log_weights)
+    return logspace.expectation(log_p_f, log_p_f - log_p_r).to(common_dtype(log_ratio, rewards, log_weights))
 
 
 def dpo_rw_loss(
@@ -105,11 +105,11 @@ def dpo_rw_loss(
         >>> dpo_rw_loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), beta_pi=0.5, beta_r=1.0)
         tensor([0.6931])
     """
-    log_p_f, log_p_r = _candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask, log_weights)
-    return logspace.expectation(log_p_r, -log_p_f).to(_dtype(log_ratio, rewards, log_weights))
+    log_p_f, log_p_r = candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask, log_weights)
+    return logspace.expectation(log_p_r, -log_p_f).to(common_dtype(log_ratio, rewards, log_weights))
 
 
-def _candidate_log_probs(
+def candidate_log_probs(
     log_ratio: Tensor,
     rewards: Tensor,
     beta_pi: float | int,
@@ -122,7 +122,7 @@ def _candidate_log_probs(
     if log_weights is not None:
         given["log_weights"] = log_weights
     checks.require_floating(**given)
-    compute_dtype = torch.promote_types(_dtype(log_ratio, rewards, log_weights), torch.float32)
+    compute_dtype = torch.promote_types(common_dtype(log_ratio, rewards, log_weights), torch.float32)
     checks.require_temperature(compute_dtype, beta_pi=beta_pi, beta_r=beta_r)
     checks.require_shape("B K", **given)
     if log_ratio.shape[-1] < 2:
@@ -144,7 +144,7 @@ def _candidate_log_probs(
     return logspace.log_softmax(f, mask), logspace.log_softmax(scaled_rewards, mask)
 
 
-def _dtype(log_ratio: Tensor, rewards: Tensor, log_weights: Tensor | None) -> torch.dtype:
+def common_dtype(log_ratio: Tensor, rewards: Tensor, log_weights: Tensor | None) -> torch.dtype:
     """The widest of the arguments'."""
     dtype = torch.promote_types(log_ratio.dtype, rewards.dtype)
     return dtype if log_weights is None else torch.promote_types(dtype, log_weights.dtype)
