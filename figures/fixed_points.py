@@ -127,7 +127,7 @@ def _distances(ax: Axes, planted: list[Case]) -> None:
             ks = [point["k"] for point in case["points"]]
             ax.plot(ks, [point[f"distance_{name}"] for point in case["points"]], **line)
     ax.set(xlabel="candidates K", ylabel="total variation", ylim=(-0.02, 1.6), yticks=np.linspace(0, 1, 6))
-    ax.set_title(f"(c) planted modes, length {planted[0]['world'].removeprefix('planted')}, k = 0")
+    ax.set_title(f"(c) planted, length {planted[0]['world'].removeprefix('planted')}, k = 0")
     ax.set_xscale("log", base=2)
     ax.legend(fontsize=5.5, loc="upper right")
 

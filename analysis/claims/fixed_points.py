@@ -11,8 +11,8 @@ from analysis.claims.base import Claim, Measured, Outcome, Results, Verdict, hol
 # The K that the advice is for.
 SMALL_K = 4
 NAMES = {"exo": "EXO-rw", "dpo": "DPO-rw"}
-# A difference below this share of the gain is not worth a choice.
-SLIGHT = 0.01
+# Ahead in more than this share of comparisons is advice.
+MOST = 0.75
 
 
 class Score(NamedTuple):
@@ -28,10 +28,10 @@ class Score(NamedTuple):
         return f"{self.exo} : {self.dpo} : {self.equal}"
 
     def best(self) -> str:
-        """The loss to take: ahead wherever a difference is worth a choice; empty if that is now one, now the other."""
-        if (self.most_exo >= SLIGHT) == (self.most_dpo >= SLIGHT):
-            return ""
-        return "EXO-rw" if self.most_exo >= SLIGHT else "DPO-rw"
+        """The loss to take: ahead in most of the comparisons, as :data:`MOST` has it; empty if neither is."""
+        compared = self.exo + self.dpo + self.equal
+        ahead = [name for name, count in (("EXO-rw", self.exo), ("DPO-rw", self.dpo)) if count > MOST * compared]
+        return ahead[0] if ahead else ""
 
     def told(self) -> str:
         """In words."""
@@ -156,7 +156,7 @@ def _practice(ends: Mapping[int, Score], way: Score, grid: list[Measured]) -> st
     advice = f"take {end.best() or 'either loss'} if you train to the end"
     smallest = min(ends)
     less = f"; at K = {smallest}: {ends[smallest].told()}" if smallest < SMALL_K else ""
-    stopped = f"take {way.best()}" if way.best() else "neither is always ahead"
+    stopped = f"take {way.best()}" if way.best() else "neither is mostly ahead"
     first, worth, none = _near(grid, "exo")
     needed = (
         f"before K is {max(k / one for k, one in zip(first, worth, strict=True)):.0f} times 1/ESS"
