@@ -4,9 +4,11 @@ Candidates of a proposal mu carry the log weight log pi_ref - log mu in both sof
 
 * reference: the usual candidates, log weight 0;
 * policy: the current policy;
-* tempered: pi_ref^(1 - beta_pi) pi^beta_pi, which is the current policy where beta_pi is 1; all p_f are 1/K there;
-* half: half tempered, half reference;
-* stale: the tempered policy of the checkpoint before (at the first, the reference);
+* tempered: pi_ref^(1 - beta_pi) pi^beta_pi, normalised over whole completions; all p_f are 1/K there. No language model
+  can sample it token by token, unless beta_pi is 1 and it is the current policy;
+* token_tempered: the same mixture of the two next-token distributions, normalised at each token: what can be sampled;
+* half: half policy, half reference;
+* stale: token_tempered of the checkpoint before (at the first, the reference);
 * uncorrected: the current policy, log weights forgotten.
 
 1. Along EXO-rw's training in a world of reviews, on all completions: the effective share of the weights, and for K
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from analysis import runner
-from analysis.gradient_noise import all_gradients
+from analysis.gradient_noise import all_gradients, fitted_values
 from analysis.mode_seeking import near_mode, two_modes
 from analysis.pipeline import (
     Data,
@@ -49,10 +51,13 @@ from exo_toy.gradient_noise import Noise
 from exo_toy.objectives import kl_policy_to_optimal
 from exo_toy.policies import KGramPolicy
 from exo_toy.policies.autoregressive import AutoregressivePolicy
+from exo_toy.spaces import SequenceSpace
 from exo_toy.targets import tempered_policy
 from exo_toy.training import minimize
 
-PROPOSALS = ("reference", "policy", "tempered", "half", "stale", "uncorrected")
+PROPOSALS = ("reference", "policy", "tempered", "token_tempered", "half", "stale", "uncorrected")
+# What a language model can draw from as it stands, with exact log-probabilities.
+SAMPLED = ("reference", "policy", "token_tempered", "half")
 # Other gradients on the same policies: DPO-rw's on the reference's candidates, the policy gradient's on the policy's.
 OTHERS = ("dpo_rw", "leave_one_out")
 CORRECTIONS = ("corrected", "uncorrected")
@@ -137,13 +142,12 @@ def measured(setting: dict[str, Any], beta: float, seed: int, ks: list[int]) -> 
     reference, data = fine_tuned(_untempered(options)), drawn(_untempered(options), seed)
     policy = copy.deepcopy(reference.policy)
     at, rows = set(checkpoints(options).tolist()), []
-    before = reference.log_ref
+    before = token_logps(reference.policy)
     # The first comes before the first step.
     for step, _ in enumerate(itertools.chain((None,), trained(policy, reference, data, options, "exo_rw", beta, seed))):
         if step in at:
             rows.append(at_policy(policy, before, reference, data, options, beta, ks))
-            with torch.no_grad():
-                before = policy.log_probs()
+            before = token_logps(policy)
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -171,7 +175,8 @@ def at_policy(
     limit = torch.cat([part.flatten() for part in torch.autograd.grad(target, list(policy.parameters()))])
     log_pi = log_pi.detach()
     gradients = all_gradients(policy, reference.policy, log_pi, reward, beta=beta, value_order=setting.value_order)
-    proposals = proposals_of(log_pi, log_ref, before, betas["beta_pi"])
+    tokens = (token_logps(policy), token_logps(reference.policy), before)
+    proposals = proposals_of(policy.space, *tokens, beta_pi=betas["beta_pi"])
     found: dict[str, list[list[Noise]]] = {name: [] for name in (*PROPOSALS, *OTHERS)}
     for x, scores in enumerate(gradients.scores):
         tables = (log_pi[x], log_ref[x], reward[x])
@@ -203,17 +208,35 @@ def at_policy(
     }
 
 
-def proposals_of(log_pi: Tensor, log_ref: Tensor, before: Tensor, beta_pi: float) -> dict[str, Tensor]:
-    """What candidates are drawn from, tables [X, N]."""
-    tempered = tempered_policy(log_pi, log_ref, beta_pi=beta_pi)
+@torch.no_grad()
+def token_logps(policy: AutoregressivePolicy) -> Tensor:
+    """[X, N, T] of every completion."""
+    return policy.token_log_probs(policy.space.tokens())
+
+
+def proposals_of(
+    space: SequenceSpace, policy: Tensor, ref: Tensor, before: Tensor, *, beta_pi: float
+) -> dict[str, Tensor]:
+    """What candidates are drawn from, tables [X, N], from token log-probabilities [X, N, T]."""
+    log_pi, log_ref = policy.sum(-1), ref.sum(-1)
     return {
         "reference": log_ref,
         "policy": log_pi,
-        "tempered": tempered,
-        "half": torch.logaddexp(tempered, log_ref) - math.log(2),
-        "stale": tempered_policy(before, log_ref, beta_pi=beta_pi),
+        "tempered": tempered_policy(log_pi, log_ref, beta_pi=beta_pi),
+        "token_tempered": token_tempered(space, policy, ref, beta_pi=beta_pi),
+        "half": torch.logaddexp(log_pi, log_ref) - math.log(2),
+        "stale": token_tempered(space, before, ref, beta_pi=beta_pi),
         "uncorrected": log_pi,
     }
+
+
+def token_tempered(space: SequenceSpace, policy: Tensor, ref: Tensor, *, beta_pi: float) -> Tensor:
+    """log mu [X, N], mu(a | prefix) proportional to policy(a | prefix)^beta_pi ref(a | prefix)^(1 - beta_pi)."""
+    scaled = beta_pi * (policy - ref)
+    # The sum over next tokens is a mean under the reference, given all tokens before.
+    log_z = fitted_values(space, ref.sum(-1), scaled.exp(), order=space.length - 1).log()
+    counted = space.counted(space.tokens())
+    return torch.where(counted, ref + scaled - log_z, 0.0).sum(-1)
 
 
 def _log_weights(name: str, log_pi: Tensor, log_ref: Tensor, log_mu: Tensor, beta_pi: float) -> Tensor:
@@ -251,9 +274,14 @@ def best_kl(**settings: Any) -> float:
 
 
 def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Of each proposal at the start, in the middle and at the end; noise over signal against the reference's."""
+    """Of each proposal at the start, in the middle and at the end; what it has more than the reference's candidates.
+
+    Progress over noise, per sample: what the mean gradient has along that of its limit, negative if it points away,
+    over the square root of K times the trace of the covariance.
+    """
     places = {"start": 0, "middle": len(arrays["steps"]) // 2, "end": len(arrays["steps"]) - 1}
     ratio = np.log(arrays["variance"] * arrays["ks"]) - np.log(arrays["signal"])
+    progress = arrays["cosine"] * np.exp(-ratio / 2)
     by_beta_pi = {}
     for b, beta_pi in enumerate(config.beta_pis):
         by_beta_pi[f"{beta_pi:g}"] = {
@@ -262,8 +290,9 @@ def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
                 "proposals": {
                     name: {
                         "share": float(arrays["share"][b, :, place, q].mean()),
-                        "noise_to_signal": _by_k(config, ratio[b, :, place, q]),
-                        "over_reference": _by_k(config, ratio[b, :, place, q] - ratio[b, :, place, 0]),
+                        "noise_to_signal": dict(_named(config, np.exp(ratio[b, :, place, q].mean(0)))),
+                        "progress_over_noise": dict(_named(config, progress[b, :, place, q].mean(0))),
+                        "more_progress": _by_k(config, progress[b, :, place, q] - progress[b, :, place, 0]),
                         "cosine": dict(_named(config, arrays["cosine"][b, :, place, q].mean(0))),
                         "distance": dict(_named(config, arrays["distance"][b, :, place, q].mean(0))),
                     }
@@ -281,6 +310,7 @@ def numbers(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     tempered = PROPOSALS.index("tempered")
     return {
         "proposals": list(PROPOSALS),
+        "sampled": list(SAMPLED),
         "others": list(OTHERS),
         "stages": {stage: int(arrays["steps"][place]) for stage, place in places.items()},
         "by_beta_pi": by_beta_pi,
@@ -297,10 +327,9 @@ def _named(config: Config, values: np.ndarray) -> list[tuple[str, float]]:
     return [(str(k), float(value)) for k, value in zip(config.ks, values, strict=True)]
 
 
-def _by_k(config: Config, logs: np.ndarray) -> dict[str, dict[str, float]]:
-    """Geometric means over seeds with their intervals, of logarithms [seeds, K]."""
-    means = {str(k): mean_over_seeds(logs[:, i], config.resamples) for i, k in enumerate(config.ks)}
-    return {k: {key: math.exp(value) for key, value in mean.items()} for k, mean in means.items()}
+def _by_k(config: Config, values: np.ndarray) -> dict[str, dict[str, float]]:
+    """Means over seeds with their intervals, of [seeds, K]."""
+    return {str(k): mean_over_seeds(values[:, i], config.resamples) for i, k in enumerate(config.ks)}
 
 
 if __name__ == "__main__":

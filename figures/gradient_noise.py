@@ -1,4 +1,4 @@
-"""Noise of EXO's gradient and of policy gradients at equal numbers of samples: along training, and against K."""
+"""Noise of EXO's, DPO's and policy gradients at equal numbers of samples: along training, and against K."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 
 from figures import style
 
-EXO, PPO, RL = (style.METHODS[name] for name in ("exo_rw", "ppo", "rl"))
+EXO, DPO, PPO, RL = (style.METHODS[name] for name in ("exo_rw", "dpo_rw", "ppo", "rl"))
 # One family of methods has one colour; lines and markers tell its members apart.
 LOOKS = {
     "exo_rw": EXO,
+    "dpo_rw": DPO,
     "ppo": PPO,
     "none": replace(RL, label="policy gradient, no baseline", linestyle=":", marker="x"),
     "best": replace(RL, label="best constant baseline"),
@@ -27,19 +28,21 @@ CAPTIONS = {
 Exact noise of sampled gradients along training, per sample: K times the trace of the covariance of the gradient of one
 group of K samples per prompt, averaged over prompts. Upper half: the trace itself; lower half: the same over the
 squared length of the expected gradient. Rows: policies on the way of EXO-rw and of PPO; columns: temperatures. EXO-rw's
-candidates are fresh ones of the reference, the others' samples come from the policy. PPO: its first descent, with the
-value table that fits best; of it and of a constant baseline the noise per sample is the same at every K. The
+and DPO-rw's candidates are fresh ones of the reference, the others' samples come from the policy. PPO: its first
+descent, with the value table that fits best; of it and of a constant baseline the noise per sample is the same at every
+K. EXO-rw's and DPO-rw's expected gradients are not along that of J, so that their ratios count other signals. The
 temperature is split evenly, so that at the start EXO-rw's gradient is (K - 1)/K of the leave-one-out policy
 gradient's, and traces can be compared. Where a method's training ends its own expected gradient vanishes and its ratio
 grows without bound, the other's need not. Lines: geometric means over seeds, which share the policy they start from;
 bands: 95 % bootstrap intervals over seeds.
 """,
     "gradient_noise_candidates": """\
-Exact noise over signal per sample against the number K of samples per prompt: K times the trace of the covariance over
-the squared length of the expected gradient, at the start, in the middle and at the end of training at one temperature.
-Flat for what averages independent samples. At the start EXO-rw's curve lies on that of the policy gradient with the
-mean of the other samples for a baseline (leave-one-out). Rows: policies on the way of EXO-rw and of PPO. Lines:
-geometric means over seeds; bands: 95 % bootstrap intervals over seeds.
+Exact noise over progress per sample against the number K of samples per prompt: K times the trace of the covariance
+over the square of what the expected gradient has along that of J, at the start, in the middle and at the end of
+training at one temperature; a loss is not drawn at a K where some seed's expected gradient points away. Flat for what
+averages independent samples. At the start EXO-rw's curve lies on that of the policy gradient with the mean of the other
+samples for a baseline (leave-one-out). Rows: policies on the way of EXO-rw and of PPO. Lines: geometric means over
+seeds; bands: 95 % bootstrap intervals over seeds.
 """,
 }
 
@@ -55,6 +58,16 @@ def _per_sample(results: style.StoredResult, training: str, name: str, *, over_s
     arrays = results.arrays
     values: np.ndarray = arrays[f"{training}.variance"][..., at, :] * arrays["ks"]
     return values / arrays[f"{training}.signal"][..., at, :] if over_signal else values
+
+
+def _over_progress(results: style.StoredResult, training: str, name: str) -> np.ndarray:
+    """[betas, seeds, checkpoints, K], NaN where the expected gradient points away from that of J."""
+    values = _per_sample(results, training, name, over_signal=True)
+    losses = results.numbers["losses"]
+    if name not in losses:
+        return values
+    cosine = results.arrays[f"{training}.cosine"][..., losses.index(name), :]
+    return values / np.where(cosine > 0, cosine, np.nan) ** 2
 
 
 def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,6 +98,9 @@ def _draw_steps(results: style.StoredResult, out_dir: Path) -> list[Path]:
             for name in ("none", "best", "ppo"):
                 values = _per_sample(results, training, name, over_signal=over_signal)[column, :, :, 0]
                 _curve(ax, steps, values, LOOKS[name])
+            few = replace(DPO, label=f"DPO-rw, K={ks[shown[1]]}")
+            values = _per_sample(results, training, "dpo_rw", over_signal=over_signal)[column, :, :, shown[1]]
+            _curve(ax, steps, values, few)
             for i, (linestyle, alpha) in zip(shown, BY_K, strict=True):
                 values = _per_sample(results, training, "exo_rw", over_signal=over_signal)[column, :, :, i]
                 _curve(ax, steps, values, replace(EXO, label=f"EXO-rw, K={ks[i]}", linestyle=linestyle), alpha)
@@ -110,13 +126,13 @@ def _draw_candidates(results: style.StoredResult, out_dir: Path) -> list[Path]:
     for row, training in enumerate(TRAININGS):
         for ax, (stage, step) in zip(axes[row], stages.items(), strict=True):
             for name, look in LOOKS.items():
-                values = _per_sample(results, training, name, over_signal=True)[middle, :, steps.index(step)]
+                values = _over_progress(results, training, name)[middle, :, steps.index(step)]
                 _curve(ax, ks, values, look)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             ax.set_xticks(ks)
             ax.set_title(f"{TRAININGS[training]}'s policy, {stage} ({step} steps)", fontsize=8)
-        axes[row, 0].set_ylabel("noise / signal")
+        axes[row, 0].set_ylabel("noise / progress")
     for ax in axes[-1]:
         ax.set_xlabel("samples per prompt, K")
     handles, labels = axes[0, 0].get_legend_handles_labels()

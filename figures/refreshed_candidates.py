@@ -17,8 +17,9 @@ LOOKS = {
     "tempered": replace(
         style.METHODS["exo_rw"], label=r"tempered: $\pi_\theta^{\beta_\pi}\pi_\mathrm{ref}^{1-\beta_\pi}$"
     ),
-    "half": replace(style.METHODS["reverse_kl"], label=r"half tempered, half $\pi_\mathrm{ref}$"),
-    "stale": replace(style.METHODS["best_of_n"], label="tempered, a checkpoint old"),
+    "token_tempered": replace(style.METHODS["exo_pref"], label="tempered at each token", linestyle="--"),
+    "half": replace(style.METHODS["forward_kl"], label=r"half $\pi_\theta$, half $\pi_\mathrm{ref}$"),
+    "stale": replace(style.METHODS["best_of_n"], label="at each token, a checkpoint old"),
     "uncorrected": replace(
         style.METHODS["kernel"], label=r"$\pi_\theta$, log weights forgotten", linestyle=":", marker="*"
     ),
@@ -28,19 +29,21 @@ OTHERS = {
     "leave_one_out": replace(style.METHODS["ppo"], label=r"leave-one-out policy gradient"),
 }
 # Distances below are rounding.
-FLOOR = 1e-3
+FLOOR = 1e-9
 
 CAPTIONS = {
     "refreshed_candidates": """\
-EXO-rw on candidates from six proposals, exactly; all but the last carry the log weight log π_ref − log μ. Rows: the
+EXO-rw on candidates from seven proposals, exactly; all but the last carry the log weight log π_ref − log μ. Tempered:
+normalised over whole completions, which a language model cannot sample, or at each token, which it can. Rows: the
 smallest and the largest β_π, β_π β_r = β. (a, e) Effective share of the weights p_f along EXO-rw's training. (b, f)
-Distance of K/(K−1) times the expected gradient from that of its limit, KL(tempered policy‖π*), relative to the
-latter's length, at the end of training, against K; tempered candidates have none (rounding, not drawn). (c, g) Noise
-over signal per sample, K times the trace of the covariance over the squared length of the mean, at the same policies,
-and of two other gradients; with β_π = 1 EXO-rw on the policy's candidates is the leave-one-out policy gradient. Means
-over seeds, geometric for noise. (d, h) Two planted modes, a policy without memory, β_π = 1: KL(π_θ‖π*) of the
-minimiser of the exactly expected loss at K on the reference's candidates (0), then on candidates of the minimiser
-before, with the log weights (d) and without (h); black: the best that the policy can.
+Distance of K/(K−1) times the expected gradient from that of its limit, KL(tempered policy‖π*), relative to the latter's
+length, at the end of training, against K; tempered candidates have none, nor has the policy's with β_π = 1 (rounding,
+not drawn). (c, g) Noise over signal per sample, K times the trace of the covariance over the squared length of the
+mean, at the same policies, and of two other gradients; where the mean is biased, (b, f), a low ratio is no virtue. With
+β_π = 1 EXO-rw on the policy's candidates is the leave-one-out policy gradient. Means over seeds, geometric for noise.
+(d, h) Two planted modes, a policy without memory, β_π = 1: KL(π_θ‖π*) of the minimiser of the exactly expected loss at
+K on the reference's candidates (0), then on candidates of the minimiser before, with the log weights (d) and without
+(h); black: the best that the policy can.
 """
 }
 
@@ -58,7 +61,7 @@ def draw(results: style.StoredResult, out_dir: Path) -> list[Path]:
         _refreshed(path, results, ("corrected", "uncorrected")[row])
         for ax, title in zip((share, distance, ratio), ("weights", "bias, end", "noise, end"), strict=True):
             ax.set_title(rf"({next(letters)}) {title}, $\beta_\pi$ = {beta_pis[b]:g}", fontsize=8)
-        path.set_title(f"({next(letters)}) refreshed, {('with', 'without')[row]} log weights", fontsize=8)
+        path.set_title(f"({next(letters)}) refreshed, {('with', 'without')[row]} weights", fontsize=8)
     for left, right in (
         (axes[0, 0], axes[1, 0]),
         (axes[0, 1], axes[1, 1]),

@@ -9,9 +9,22 @@ import pytest
 import torch
 
 from analysis import gradient_noise, storage
-from analysis.gradient_noise import ESTIMATORS, PRESETS, STATES, TRAININGS, Config, at_policy, fitted_values, measured
+from analysis.claims import CLAIMS, Outcome, Verdict, judge
+from analysis.gradient_noise import (
+    ESTIMATORS,
+    LOSSES,
+    PRESETS,
+    STATES,
+    TRAININGS,
+    Config,
+    at_policy,
+    fitted_values,
+    measured,
+    over_progress,
+)
 from analysis.pipeline import Setting, drawn, fine_tuned, setting_of, trained
-from exo_toy.losses import exo_rw_loss
+from exo_toy.losses import dpo_rw_loss, exo_rw_loss
+from exo_toy.objectives import alignment_objective
 from figures import gradient_noise as figure
 from figures import style
 from tests import oracles
@@ -47,7 +60,10 @@ def found(policy):
     return {
         name: {key: dict(zip((2, 3), row, strict=True)) for key, row in zip(ESTIMATORS, values[name], strict=True)}
         for name in ("variance", "signal")
-    } | {"cosine": values["cosine"], "state": dict(zip(STATES, values["state"], strict=True))}
+    } | {
+        "cosines": [values["cosine"], values["cosine_to_limit"]],
+        "state": dict(zip(STATES, values["state"], strict=True)),
+    }
 
 
 def flat_gradient(value: torch.Tensor, policy: torch.nn.Module) -> np.ndarray:
@@ -63,11 +79,20 @@ def moments(weighted: list[tuple[float, np.ndarray]]) -> tuple[np.ndarray, float
 
 def joined(prompts: list[tuple[np.ndarray, float]]) -> tuple[float, float]:
     """Variance and squared length of the mean of independent prompts' means."""
-    mean = sum(mean for mean, _ in prompts) / len(prompts)
+    mean = mean_over(prompts)
     return math.fsum(variance for _, variance in prompts) / len(prompts) ** 2, float((mean**2).sum())
 
 
-def test_exo_over_all_pairs_of_candidates(policy, found):
+def mean_over(prompts: list[tuple[np.ndarray, float]]) -> np.ndarray:
+    return sum(mean for mean, _ in prompts) / len(prompts)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_over_all_pairs_of_candidates(policy, found, name):
     """The gradient of the loss that is trained on, by autograd, for every pair of completions of every prompt."""
     reference, data = fine_tuned(OPTIONS), drawn(OPTIONS, 0)
     table, beta_half = policy.log_probs(), math.sqrt(BETA)
@@ -76,7 +101,8 @@ def test_exo_over_all_pairs_of_candidates(policy, found):
         scores = [flat_gradient(entry, policy) for entry in table[x]]
         pairs = list(itertools.product(range(table.shape[1]), repeat=2))
         log_ratio = (table[x] - reference.log_ref[x]).detach()[torch.tensor(pairs)].requires_grad_()
-        loss = exo_rw_loss(log_ratio, data.model[x][torch.tensor(pairs)], beta_pi=beta_half, beta_r=beta_half)
+        of_pairs = {"exo_rw": exo_rw_loss, "dpo_rw": dpo_rw_loss}[name]
+        loss = of_pairs(log_ratio, data.model[x][torch.tensor(pairs)], beta_pi=beta_half, beta_r=beta_half)
         (weights,) = torch.autograd.grad(loss.sum(), log_ratio)
         ref = reference.log_ref[x].exp().tolist()
         prompts.append(
@@ -88,8 +114,18 @@ def test_exo_over_all_pairs_of_candidates(policy, found):
             )
         )
     variance, signal = joined(prompts)
-    assert found["variance"]["exo_rw"][2] == pytest.approx(variance, rel=TOLERANCE)
-    assert found["signal"]["exo_rw"][2] == pytest.approx(signal, rel=TOLERANCE)
+    assert found["variance"][name][2] == pytest.approx(variance, rel=TOLERANCE)
+    assert found["signal"][name][2] == pytest.approx(signal, rel=TOLERANCE)
+    # Along the gradient of J, and along that of the loss at any number of candidates: a KL of either direction.
+    objective = alignment_objective(table, reference.log_ref, data.model, beta=BETA).mean()
+    optimum = (reference.log_ref + data.model / beta_half).log_softmax(-1)
+    tempered = (beta_half * table + (1 - beta_half) * reference.log_ref).log_softmax(-1)
+    p, q = (tempered, optimum) if name == "exo_rw" else (optimum, tempered)
+    limit = (p.exp() * (p - q)).sum(-1).mean()
+    mean = mean_over(prompts)
+    to_objective, to_limit = (cosines[LOSSES.index(name), 0] for cosines in found["cosines"])
+    assert to_objective == pytest.approx(-cosine(mean, flat_gradient(objective, policy)), rel=1e-8)
+    assert to_limit == pytest.approx(cosine(mean, flat_gradient(limit, policy)), rel=1e-8)
 
 
 def test_ppo_and_policy_gradient_by_loops(policy, found):
@@ -166,7 +202,7 @@ def test_the_start_is_leave_one_out(result):
         for name in ("variance", "signal"):
             values = result.arrays[f"{training}.{name}"][:, :, 0]
             np.testing.assert_allclose(values[:, :, exo], factor * values[:, :, other], rtol=TOLERANCE)
-        np.testing.assert_allclose(result.arrays[f"{training}.cosine"][:, :, 0], 1.0, rtol=TOLERANCE)
+        np.testing.assert_allclose(result.arrays[f"{training}.cosine"][:, :, 0, 0], 1.0, rtol=TOLERANCE)
     for beta in ("0.2", "1"):
         for ratio in result.numbers["trainings"]["ppo"][beta]["start"]["exo_over_other"]["leave_one_out"].values():
             assert ratio["mean"] == pytest.approx(1.0, rel=TOLERANCE)
@@ -187,6 +223,14 @@ def test_best_baseline_and_shares_of_samples(result):
         np.testing.assert_allclose(2 * variance[..., best, 0], 3 * variance[..., best, 1], rtol=1e-12)
 
 
+def test_progress_is_what_a_mean_has_along_the_gradient_of_the_objective():
+    """A cosine of 1/2 quarters the square; none is left where it is not above 0; policy gradients keep theirs."""
+    ratio = np.zeros((len(ESTIMATORS), 3))
+    found = over_progress(ratio, np.array([[0.5, 1.0, -0.5], [0.25, 0.0, 1.0]]))
+    np.testing.assert_allclose(found[:2], np.log([[4, 1, np.inf], [16, np.inf, 1]]), rtol=1e-12)
+    assert (found[2:] == 0).all() and (ratio == 0).all()
+
+
 def test_numbers_are_means_of_the_arrays(result):
     steps = result.numbers["stages"]
     assert steps == {"start": 0, "middle": int(result.arrays["steps"][1]), "end": TINY.steps}
@@ -197,9 +241,20 @@ def test_numbers_are_means_of_the_arrays(result):
     by_hand = {name: math.sqrt(values[0] * values[1]) for name, values in noise.items()}
     assert here["noise_to_signal"]["exo_rw"]["3"]["mean"] == pytest.approx(by_hand["exo_rw"], rel=1e-12)
     assert here["noise_to_signal"]["ppo"]["mean"] == pytest.approx(by_hand["ppo"], rel=1e-12)
+    cosines = result.arrays["exo_rw.cosine"][1, :, -1, LOSSES.index("exo_rw"), 1]
     ratio = here["exo_over_other"]["ppo"]["3"]
-    assert ratio["mean"] == pytest.approx(by_hand["exo_rw"] / by_hand["ppo"], rel=1e-12)
-    assert ratio["low"] <= ratio["mean"] <= ratio["high"]
+    if (cosines > 0).all():
+        along = by_hand["exo_rw"] / abs(cosines[0] * cosines[1])
+        assert ratio["mean"] == pytest.approx(along / by_hand["ppo"], rel=1e-12)
+        assert ratio["low"] <= ratio["mean"] <= ratio["high"]
+    else:
+        assert ratio is None
+    none, leave_one_out = (
+        variance[:, ESTIMATORS.index(name), 1] / signal[:, ESTIMATORS.index(name), 1]
+        for name in ("none", "leave_one_out")
+    )
+    paired = math.sqrt(np.prod(none / leave_one_out))
+    assert here["none_over_leave_one_out"]["3"]["mean"] == pytest.approx(paired, rel=1e-12)
 
 
 def test_a_run_is_reproducible():
@@ -214,6 +269,63 @@ def test_figures_are_drawn(result, tmp_path):
         paths = figure.draw(storage.load("gradient_noise", "full", tmp_path), tmp_path)
     assert {path.stem for path in paths} == set(figure.CAPTIONS)
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def c11(result, *, less: dict[str, list[bool | None]], gain: dict[str, tuple[float, float]]) -> Outcome:
+    """The outcome of the claim with other ratios after the start.
+
+    EXO-rw less noisy than PPO or not, or nothing to compare (None), by training and in turn; by K, no baseline over
+    leave-one-out at the start and later.
+    """
+    numbers = copy.deepcopy(result.numbers)
+    for training, by_beta in numbers["trainings"].items():
+        turns = itertools.cycle(less[training])
+        for stages in by_beta.values():
+            for stage, found in stages.items():
+                ratios = {k: around(early if stage == "start" else late) for k, (early, late) in gain.items()}
+                found["none_over_leave_one_out"] = ratios
+                if stage != "start":
+                    cases = ((k, next(turns)) for k in ("2", "3"))
+                    found["exo_over_other"]["ppo"] = {
+                        k: None if case is None else around(0.5 if case else 1.0) for k, case in cases
+                    }
+    claim = next(claim for claim in CLAIMS if claim.id == "C11")
+    return judge(claim, {"gradient_noise": storage.StoredResult("gradient_noise", "full", {}, {}, numbers, {})})
+
+
+def around(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": 0.9 * mean, "high": 1.1 * mean}
+
+
+PAYS = {"2": (0.5, 0.8), "3": (0.7, 4.0)}
+
+
+def test_verdict_of_the_claim(result):
+    """Counted by whose policies they are; a mean that points away from the gradient of J never counts as less noisy."""
+    always = {"exo_rw": [True], "ppo": [True]}
+    assert c11(result, less=always, gain=PAYS).verdict == Verdict.HOLDS
+    mixed = c11(result, less={"exo_rw": [False], "ppo": [True]}, gain=PAYS)
+    assert mixed.verdict == Verdict.CONDITIONAL
+    assert "0 of 8 on EXO-rw's policies and 8 of 8 on PPO's policies" in mixed.ours
+    assert "Noise alone does not decide" in mixed.practice and "0 of 8 on EXO-rw's" in mixed.practice
+    away = c11(result, less={"exo_rw": [False], "ppo": [None, True]}, gain=PAYS)
+    assert "0 of 8 on EXO-rw's policies and 4 of 8 on PPO's policies" in away.ours
+
+
+def test_no_advice_where_the_claim_fails(result):
+    nowhere = c11(result, less={"exo_rw": [False], "ppo": [None]}, gain=PAYS)
+    assert nowhere.verdict == Verdict.FAILS
+    assert nowhere.practice == ""
+
+
+def test_advice_on_leave_one_out_follows_from_where_it_pays(result):
+    def advice(gain: dict[str, tuple[float, float]]) -> str:
+        return c11(result, less={"exo_rw": [True], "ppo": [False]}, gain=gain).practice
+
+    assert "from K=3 on, while near the reference it adds noise (2 times at K=2)" in advice(PAYS)
+    assert advice({"2": (2.0, 2.0), "3": (2.0, 2.0)}).endswith("from K=2 on.")
+    # Where it pays at few and not at more, it pays from none on.
+    assert "at no K measured" in advice({"2": (1.0, 2.0), "3": (1.0, 0.9)})
 
 
 def test_presets_are_complete():

@@ -12,7 +12,17 @@ from analysis import refreshed_candidates, storage
 from analysis.claims import CLAIMS, Outcome, Verdict, judge
 from analysis.mode_seeking import two_modes
 from analysis.pipeline import Setting, drawn, fine_tuned, setting_of, trained
-from analysis.refreshed_candidates import CORRECTIONS, OTHERS, PRESETS, PROPOSALS, Config, at_policy, proposals_of
+from analysis.refreshed_candidates import (
+    CORRECTIONS,
+    OTHERS,
+    PRESETS,
+    PROPOSALS,
+    SAMPLED,
+    Config,
+    at_policy,
+    proposals_of,
+    token_logps,
+)
 from exo_toy.losses import dpo_rw_loss, exo_rw_loss
 from exo_toy.policies import KGramPolicy
 from figures import refreshed_candidates as figure
@@ -46,7 +56,18 @@ def policy():
 
 @pytest.fixture(scope="module")
 def before():
-    return torch.randn(7, 57, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    """Token log-probabilities [X, N, T] of another policy."""
+    policy = copy.deepcopy(fine_tuned(SETTING).policy)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return token_logps(policy)
+
+
+@pytest.fixture(scope="module")
+def by_token(policy):
+    """Those of the policy and of the reference."""
+    return token_logps(policy), token_logps(fine_tuned(SETTING).policy)
 
 
 @pytest.fixture(scope="module")
@@ -54,40 +75,63 @@ def found(policy, before):
     return at_policy(policy, before, fine_tuned(SETTING), drawn(SETTING, 0), SETTING, 0.3, [2, 3])
 
 
-def plain_proposals(log_pi, log_ref, before) -> dict[str, list[float]]:
-    """Of one prompt, by loops."""
+def plain_proposals(tokens, policy, ref, before) -> dict[str, list[float]]:
+    """Of one prompt, by loops, from token log-probabilities [N][T]."""
+    # Before or at the end: what fills up afterwards has log-probability 0.
+    lengths = [next((t for t, token in enumerate(y) if token == 0), len(y) - 1) + 1 for y in tokens]
+    log_pi, log_ref = ([math.fsum(row) for row in table] for table in (policy, ref))
 
-    def tempered(log_p) -> list[float]:
-        return oracles.tempered_policy(log_p, log_ref, BETA_PI)
+    def token_tempered(table) -> list[float]:
+        def mixed(y: int, t: int) -> float:
+            return BETA_PI * table[y][t] + (1 - BETA_PI) * ref[y][t]
 
-    half = [math.log((math.exp(a) + math.exp(b)) / 2) for a, b in zip(tempered(log_pi), log_ref, strict=True)]
+        def log_z(y: int, t: int) -> float:
+            # Of the completions with this prefix, one for each next token.
+            next_tokens = {z[t]: i for i, z in enumerate(tokens) if z[:t] == tokens[y][:t]}
+            return math.log(math.fsum(math.exp(mixed(i, t)) for i in next_tokens.values()))
+
+        return [math.fsum(mixed(y, t) - log_z(y, t) for t in range(lengths[y])) for y in range(len(tokens))]
+
     return {
         "reference": log_ref,
         "policy": log_pi,
-        "tempered": tempered(log_pi),
-        "half": half,
-        "stale": tempered(before),
+        "tempered": oracles.tempered_policy(log_pi, log_ref, BETA_PI),
+        "token_tempered": token_tempered(policy),
+        "half": [math.log((math.exp(a) + math.exp(b)) / 2) for a, b in zip(log_pi, log_ref, strict=True)],
+        "stale": token_tempered(before),
         "uncorrected": log_pi,
     }
 
 
-def test_proposals_by_loops(policy, before):
-    log_pi, log_ref = policy.log_probs().detach(), fine_tuned(SETTING).log_ref
-    tables = proposals_of(log_pi, log_ref, before, BETA_PI)
-    assert set(tables) == set(PROPOSALS)
-    wanted = plain_proposals(log_pi[2].tolist(), log_ref[2].tolist(), before[2].tolist())
+def plain_proposals_at(space, x: int, by_token, before) -> dict[str, list[float]]:
+    tokens = space.tokens().tolist()
+    return plain_proposals(tokens, *(table[x].tolist() for table in (*by_token, before)))
+
+
+def test_proposals_by_loops(policy, by_token, before):
+    assert policy.space.eos == 0
+    tables = proposals_of(policy.space, *by_token, before, beta_pi=BETA_PI)
+    assert set(tables) == set(PROPOSALS) and set(SAMPLED) < set(PROPOSALS)
+    wanted = plain_proposals_at(policy.space, 2, by_token, before)
     for name, table in tables.items():
         assert table[2].tolist() == pytest.approx(wanted[name], rel=1e-12)
+        assert table.logsumexp(-1).abs().max().item() < 1e-13
+
+
+def test_token_tempered_is_the_policy_at_beta_pi_1(policy, by_token, before):
+    tables = proposals_of(policy.space, *by_token, before, beta_pi=1.0)
+    torch.testing.assert_close(tables["token_tempered"], tables["policy"], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(tables["tempered"], tables["policy"], rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", [*PROPOSALS, "dpo_rw"])
-def test_over_all_pairs_of_candidates(policy, before, found, name):
+def test_over_all_pairs_of_candidates(policy, by_token, before, found, name):
     """Variance and signal of the loss that is trained on, by autograd, for every pair of every prompt."""
     reference, data = fine_tuned(SETTING), drawn(SETTING, 0)
     table = policy.log_probs()
     n = table.shape[1]
     pairs = torch.tensor(list(itertools.product(range(n), repeat=2)))
-    tables = proposals_of(table.detach(), reference.log_ref, before, BETA_PI)
+    tables = proposals_of(policy.space, *by_token, before, beta_pi=BETA_PI)
     loss = dpo_rw_loss if name == "dpo_rw" else exo_rw_loss
     means, variances = [], []
     for x in range(len(table)):
@@ -111,12 +155,13 @@ def test_over_all_pairs_of_candidates(policy, before, found, name):
         assert found["signal"][PROPOSALS.index(name), 0] == pytest.approx(signal, rel=TOLERANCE)
 
 
-def test_shares_by_loops(policy, before, found):
+def test_shares_by_loops(policy, by_token, before, found):
     log_pi, log_ref = policy.log_probs().tolist(), fine_tuned(SETTING).log_ref.tolist()
+    plain = [plain_proposals_at(policy.space, x, by_token, before) for x in range(len(log_pi))]
     for q, name in enumerate(PROPOSALS):
         shares = []
         for x, (pi, ref) in enumerate(zip(log_pi, log_ref, strict=True)):
-            mu = plain_proposals(pi, ref, before[x].tolist())[name]
+            mu = plain[x][name]
             w = [math.exp(BETA_PI * (a - b)) for a, b in zip(pi, ref, strict=True)]
             if name != "uncorrected":
                 w = [a * math.exp(b - m) for a, b, m in zip(w, ref, mu, strict=True)]
@@ -129,7 +174,7 @@ def test_tempered_candidates_alone_have_no_bias(found):
     distance, cosine = (dict(zip(PROPOSALS, found[name], strict=True)) for name in ("distance", "cosine"))
     assert distance["tempered"].max() < 1e-12 and found["share"][PROPOSALS.index("tempered")] == pytest.approx(1)
     for name in set(PROPOSALS) - {"tempered"}:
-        assert distance[name].min() > 1e-4
+        assert distance[name].min() > 1e-6
         assert cosine[name].max() < 1
         if name not in ("stale", "uncorrected"):
             assert distance[name][1] < distance[name][0]
@@ -191,9 +236,11 @@ def test_numbers_are_means_of_the_arrays(result):
     q, place = PROPOSALS.index("half"), len(result.arrays["steps"]) - 1
     here = result.numbers["by_beta_pi"]["0.5"]["end"]["proposals"]["half"]
     ratio = result.arrays["variance"][0, :, place, :, 1] * 3 / result.arrays["signal"][0, :, place, :, 1]
-    assert here["noise_to_signal"]["3"]["mean"] == pytest.approx(math.sqrt(ratio[0, q] * ratio[1, q]), rel=1e-12)
-    against = ratio[:, q] / ratio[:, PROPOSALS.index("reference")]
-    assert here["over_reference"]["3"]["mean"] == pytest.approx(math.sqrt(against[0] * against[1]), rel=1e-12)
+    assert here["noise_to_signal"]["3"] == pytest.approx(math.sqrt(ratio[0, q] * ratio[1, q]), rel=1e-12)
+    progress = result.arrays["cosine"][0, :, place, :, 1] / np.sqrt(ratio)
+    assert here["progress_over_noise"]["3"] == pytest.approx(progress[:, q].mean(), rel=1e-12)
+    more = progress[:, q] - progress[:, PROPOSALS.index("reference")]
+    assert here["more_progress"]["3"]["mean"] == pytest.approx(more.mean(), rel=1e-12, abs=1e-15)
     assert here["distance"]["3"] == pytest.approx(result.arrays["distance"][0, :, place, q, 1].mean(), rel=1e-12)
     others = result.numbers["by_beta_pi"]["0.5"]["end"]["others"]["dpo_rw"]
     dpo = 3 * result.arrays["other_ratio"][0, :, place, 0, 1]
@@ -222,22 +269,71 @@ def b4(result, **changed) -> Outcome:
     return judge(claim, {"refreshed_candidates": stored})
 
 
-def test_verdict_of_the_claim(result):
-    """Fails without an exact direction or convergence; conditional where tempered candidates are noisier somewhere."""
-    less = {
-        f"by_beta_pi__{beta_pi}__end__proposals__tempered__over_reference": {
-            k: {"mean": 0.5, "low": 0.4, "high": 0.6} for k in ("2", "3")
-        }
-        for beta_pi in ("0.5", "1")
+def at_end(beta_pi: str, name: str, *, distance: float, more: float) -> dict[str, dict]:
+    """Changes to one proposal at the end of training: its distance, and its progress beyond the reference's."""
+    place = f"by_beta_pi__{beta_pi}__end__proposals__{name}"
+    interval = {"mean": more, "low": more - 0.1, "high": more + 0.1}
+    return {
+        f"{place}__distance": dict.fromkeys(("2", "3"), distance),
+        f"{place}__more_progress": dict.fromkeys(("2", "3"), interval),
     }
-    noisier = {**less, "by_beta_pi__1__end__proposals__tempered__over_reference": {
-        k: {"mean": 0.9, "low": 0.8, "high": 1.1} for k in ("2", "3")
-    }}  # fmt: skip
-    assert b4(result, **less).verdict == Verdict.HOLDS
-    assert b4(result, **noisier).verdict == Verdict.CONDITIONAL
-    assert "in 2 of 4 cases" in b4(result, **noisier).ours
-    assert b4(result, **less, worst_tempered_distance=1e-3).verdict == Verdict.FAILS
-    assert b4(result, **less, refreshed__corrected__2=[2.0, 1.0]).verdict == Verdict.FAILS
+
+
+# One case at each temperature: half is best at 0.5, the policy at 1.
+GOOD = {
+    "best_kl": 1.0,
+    "refreshed": {"corrected": {"2": [2.0, 1.0 + 1e-9]}, "uncorrected": {"2": [2.0, 1.02]}},
+    "worst_tempered_distance": 1e-14,
+    **at_end("0.5", "reference", distance=0.4, more=0.0),
+    **at_end("0.5", "policy", distance=0.3, more=0.5),
+    **at_end("0.5", "token_tempered", distance=0.2, more=0.5),
+    **at_end("0.5", "half", distance=0.1, more=0.5),
+    **at_end("1", "reference", distance=0.4, more=0.0),
+    **at_end("1", "policy", distance=1e-16, more=0.5),
+    **at_end("1", "token_tempered", distance=1e-17, more=0.5),
+    **at_end("1", "half", distance=0.1, more=0.5),
+}
+
+
+def test_verdict_of_the_claim(result):
+    """Fails where nothing is repaired or weights repair nothing; conditional where what is sampled is no better."""
+    held = b4(result, **GOOD)
+    assert held.verdict == Verdict.HOLDS
+    assert "in 4 of 4 cases" in held.ours
+    noisier = b4(result, **{**GOOD, **at_end("0.5", "half", distance=0.1, more=0.05)})
+    assert noisier.verdict == Verdict.CONDITIONAL and "in 2 of 4 cases" in noisier.ours
+    no_better = b4(result, **{**GOOD, **at_end("1", "reference", distance=0.0, more=0.0)})
+    assert no_better.verdict == Verdict.CONDITIONAL and "at β_π=1 from the reference" in no_better.practice
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"worst_tempered_distance": 1e-3},
+        # Never near the best; near it from the start; and the control arm, as good without weights.
+        {"refreshed__corrected__2": [2.0, 1.2]},
+        {"refreshed__corrected__2": [1.05, 1.0]},
+        {"refreshed__uncorrected__2": [2.0, 1.0 + 2e-9]},
+        {"refreshed__uncorrected__2": [2.0, math.nan]},
+    ],
+)
+def test_claim_fails_without_a_repair_that_needs_the_weights(result, broken):
+    outcome = b4(result, **{**copy.deepcopy(GOOD), **broken})
+    assert outcome.verdict == Verdict.FAILS
+    assert outcome.practice == ""
+
+
+def test_advice_follows_from_the_numbers(result):
+    practice = b4(result, **GOOD).practice
+    assert (
+        "at β_π=0.5 from half policy, half reference (mean gradient off by 0.1, with the reference's by 0.4)"
+        in practice
+    )
+    # Equal up to rounding: the simpler of the two.
+    assert "at β_π=1 from the policy (mean gradient off by 0, " in practice
+    assert "2 to 2 % above its best" in practice
+    other = b4(result, **{**GOOD, **at_end("0.5", "token_tempered", distance=0.01, more=0.5)}).practice
+    assert "normalised at each token (mean gradient off by 0.01" in other
 
 
 def test_presets_are_complete():

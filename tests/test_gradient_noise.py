@@ -236,6 +236,16 @@ def test_wide_spreads_stay_finite_and_exact(spread):
     assert noise.mean.abs().max().item() <= 1e-13 * scale**0.5
 
 
+@pytest.mark.parametrize("k", [2**33, 2**53 - 1])
+def test_leave_one_out_of_more_completions_than_square_to_an_integer(k):
+    """K times the noise is then that of a single completion with the mean for a baseline."""
+    scores, log_pi, log_ref, reward, _ = policy_problem(3)
+    noise = leave_one_out_noise(scores, log_pi, log_ref, reward, beta=0.4, k=k)
+    single = policy_gradient_noise(scores, log_pi, log_ref, reward, beta=0.4, baseline="mean")
+    # The rest is at most 1/K of it, 1e-10, times a number of order one.
+    assert k * noise.variance.item() == pytest.approx(single.variance.item(), rel=1e-9)
+
+
 def test_half_types_are_computed_in_float64():
     problem, scores = drawn(4, 1.0, seed=19), normal(4, 3, seed=20).float()
     noise = exo_noise(scores, problem, 2)
@@ -371,6 +381,12 @@ def test_sample_noise_by_hand():
     assert_close(noise.to_signal(), 3.0)
 
 
+def test_neither_noise_nor_signal():
+    nothing = torch.zeros(2).double()
+    assert Noise(nothing, torch.tensor(0.0).double()).to_signal().isnan()
+    assert Noise(nothing, torch.tensor(1.0).double()).to_signal() == INF
+
+
 def test_noise_is_not_lost_in_a_large_mean():
     """A variance of 1 beside a squared mean of 1e16."""
     gradients = torch.tensor([[1e8 - 1], [1e8 + 1]], dtype=torch.float64)
@@ -391,6 +407,7 @@ SCORES, REWARD = torch.eye(2).double(), torch.zeros(2).double()
     [
         ({"k": 0}, "k must be an integer of at least 1"),
         ({"k": 2.0}, "k must be an integer"),
+        ({"k": 2**53}, r"k must be an integer below 2\*\*53"),
         ({"beta_pi": 0.0}, "beta_pi must be"),
         ({"beta_r": -1.0}, "beta_r must be"),
         ({"scores": SCORES[:1]}, "scores must be"),
@@ -419,8 +436,9 @@ def test_errors_of_the_others():
         policy_gradient_noise(*tables, beta=1, baseline="median")
     with pytest.raises(ValueError, match="beta must be"):
         policy_gradient_noise(*tables, beta=0, baseline="none")
-    with pytest.raises(ValueError, match="k must be an integer of at least 2"):
-        leave_one_out_noise(*tables, beta=1, k=1)
+    for k, message in ((1, "k must be an integer of at least 2"), (2**53, "k must be an integer below")):
+        with pytest.raises(ValueError, match=message):
+            leave_one_out_noise(*tables, beta=1, k=k)
     with pytest.raises(ValueError, match="log_ref must be finite where log_pi is"):
         policy_gradient_noise(SCORES, LOG_P, torch.tensor([0.0, -INF]), REWARD, beta=1, baseline="none")
     with pytest.raises(ValueError, match="gradients must be"):

@@ -264,7 +264,48 @@ def test_half_types_are_computed_in_float64(kind):
     assert_close(noise.variance, NOISE[kind](scores.double(), *tables, k=2, **BETAS).variance)
 
 
+@both
+@pytest.mark.parametrize("k", [2**33, 2**53 - 1])
+def test_more_candidates_than_square_to_an_integer(kind, k):
+    """The mean is that of 2**20 candidates up to 1/K: the limit's; the noise is below what rounding leaves of it."""
+    tables, log_mu = drawn(5, seed=27)
+    scores = normal(5, 3, seed=28)
+    many, more = NOISES[kind](scores, *tables, ks=(2**20, k), log_proposal=log_mu, **BETAS)
+    torch.testing.assert_close(more.mean, many.mean, rtol=1e-4, atol=1e-4)
+    assert 0 <= many.variance.item() < 1e-3
+    assert abs(more.variance.item()) < 1e-8
+
+
 # Refusals
+
+
+@pytest.mark.unchecked
+@both
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta_r": 1e-300}, "beta_r must leave the rewards spread over at most"),
+        ({"beta_pi": 1e308}, "beta_pi must leave the log ratios spread over at most"),
+        ({"beta_pi": 1e4}, "beta_pi must leave the log ratios spread over at most"),
+        ({"log_proposal": torch.tensor([0.0, -2e4, -1.0])}, "beta_pi must leave the log ratios spread"),
+    ],
+)
+def test_spreads_that_would_take_for_ever_are_refused(kind, change, message):
+    log_pi, reward = torch.tensor([0.5, 0.3, 0.2]).double().log(), torch.tensor([0.0, 1.0, 2.0]).double()
+    call = {"k": 2, "beta_pi": 1.0, "beta_r": 1.0, **change}
+    if "log_proposal" in call:
+        call["log_proposal"] = call["log_proposal"].double().log_softmax(-1)
+    with pytest.raises(ValueError, match=message):
+        NOISE[kind](torch.eye(3), log_pi, log_pi.flip(0), reward, **call)
+
+
+def test_dpo_takes_fewer_nats_than_exo():
+    """Its integral is in two variables."""
+    log_p = torch.tensor([0.5, 0.5]).double().log()
+    call = {"k": 2, "beta_pi": 1.0, "beta_r": 1.0}
+    exo_rw_noise(torch.eye(2), log_p, log_p, torch.tensor([0.0, 1001.0]), **call)
+    with pytest.raises(ValueError, match=r"at most 1e\+03 nats .* got 1.0, over 1e\+03 nats"):
+        dpo_rw_noise(torch.eye(2), log_p, log_p, torch.tensor([0.0, 1001.0]), **call)
 
 
 @pytest.mark.unchecked

@@ -333,24 +333,3 @@ def test_density_ratios_follow_at_every_opening_or_not(said, verdict):
     outcome = judge(by_id("C14"), {"alignment_ratios": result})
     assert outcome.verdict == verdict
     assert "K=32" in outcome.ours and "1.00 nats from log ρ* under π*, 0.25 of its mode mass" in outcome.ours
-
-
-@pytest.mark.parametrize(
-    ("high", "verdict"),
-    [((0.9, 0.9), Verdict.HOLDS), ((0.9, 1.1), Verdict.CONDITIONAL), ((1.1, math.nan), Verdict.FAILS)],
-)
-def test_gradients_are_less_noisy_in_all_of_the_interval(high, verdict):
-    def stage(at_2: float, at_8: float) -> dict:
-        by_k = {"2": {"mean": 0.8, "high": at_2}, "8": {"mean": 0.7, "high": at_8}}
-        one = {"mean": 2.0}
-        return {
-            "exo_over_other": {"ppo": by_k, "leave_one_out": by_k},
-            "trace": {"exo_rw": {"8": one}, "ppo": one},
-            "noise_to_signal": {"none": {"mean": 6.0}, "best": one},
-        }
-
-    stages = {"start": stage(2.0, 2.0), "end": stage(*high)}
-    trainings = {training: {"0.4": stages} for training in ("exo_rw", "ppo")}
-    outcome = judge(by_id("C11"), {"gradient_noise": stored("gradient_noise", {"trainings": trainings})})
-    assert outcome.verdict == verdict
-    assert "3 to 3 times the noise" in outcome.ours

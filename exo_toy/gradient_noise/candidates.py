@@ -40,6 +40,7 @@ def drawn_candidates(
     beta_pi: float | int,
     beta_r: float | int,
     log_proposal: Tensor | None,
+    most_spread: float,
 ) -> Candidates:
     """Checked arguments of a loss on candidates from the proposal, by default the reference."""
     checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)
@@ -61,8 +62,21 @@ def drawn_candidates(
     log_pi, reward, log_mu = (tables.get(name, log_ref) for name in ("log_pi", "reward", "log_proposal"))
     log_pi, reward = log_pi[inside], reward[inside]
     log_mu = log_mu[inside] if log_proposal is not None else log_mu
-    f = beta_pi * (log_pi - log_ref)
-    return Candidates(scores, log_mu.exp(), f, (reward - reward.max()) / beta_r, log_ref - log_mu)
+    f, scaled_reward, correction = beta_pi * (log_pi - log_ref), (reward - reward.max()) / beta_r, log_ref - log_mu
+    _require_spread("beta_pi", "log ratios", beta_pi, f + correction, most_spread)
+    _require_spread("beta_r", "rewards", beta_r, scaled_reward + correction, most_spread)
+    return Candidates(scores, log_mu.exp(), f, scaled_reward, correction)
+
+
+def _require_spread(name: str, what: str, beta: float | int, log_weights: Tensor, most: float) -> None:
+    """The quadrature takes nodes all the way from the largest weight to the smallest."""
+    spread = (log_weights.max() - log_weights.min()).item()
+    # Infinite scaled values differ by NaN.
+    if not spread <= most:
+        raise ValueError(
+            f"{name} must leave the {what} spread over at most {most:.0e} nats once scaled and corrected for the "
+            f"proposal; got {beta!r}, over {spread:.3g} nats"
+        )
 
 
 def log_transform(deviation: Tensor, plain: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from exo_toy.gradient_noise.noise import Noise, require_counts
 BELOW, ABOVE = 3.75, 3.75
 # Log of what is left of M^(K-2), beside at most K^2, at the last node.
 NEGLIGIBLE = -60.0
+# Log weights spread over more nats than this are refused: the cost grows with its square.
+MOST_SPREAD = 1e3
 # Pairs of nodes evaluated at once.
 PAIRS_AT_ONCE = 2**18
 
@@ -96,7 +98,7 @@ def dpo_rw_noises(
         Noise of K candidates together, for each K; zero at K = 1, up to rounding.
 
     Raises:
-        ValueError: as :func:`exo_toy.gradient_noise.exo_rw_noises`.
+        ValueError: as :func:`exo_toy.gradient_noise.exo_rw_noises`, beyond a spread of 1e3 nats already.
 
     Example:
         >>> uniform = torch.tensor([0.5, 0.5]).double().log()
@@ -106,7 +108,7 @@ def dpo_rw_noises(
         [1.0, 0.37037037037]
     """
     require_counts(ks, at_least=1)
-    drawn = drawn_candidates(scores, log_pi, log_ref, reward, beta_pi, beta_r, log_proposal)
+    drawn = drawn_candidates(scores, log_pi, log_ref, reward, beta_pi, beta_r, log_proposal, MOST_SPREAD)
     p = drawn.p
     policy, target = (_kernels(log_w + drawn.correction, p, ks) for log_w in (drawn.f, drawn.scaled_reward))
     # No constant in the scores is seen, and no inner product of centred scores needs more than N numbers of each.
@@ -166,7 +168,9 @@ class _Moments(NamedTuple):
 
     def second(self, k: int) -> Tensor:
         """A scalar: the sum over pairs of K candidates."""
-        others = k * self.same * power(self.log_m, k - 1) + k * (k - 1) * self.two * power(self.log_m, k - 2)
+        # A product of two large integers is no number that torch takes.
+        pairs = float(k * (k - 1))
+        others = k * self.same * power(self.log_m, k - 1) + pairs * self.two * power(self.log_m, k - 2)
         return (self.rule * others).sum()
 
 

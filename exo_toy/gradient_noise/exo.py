@@ -15,6 +15,8 @@ from exo_toy.gradient_noise.noise import Noise, require_counts
 BELOW, ABOVE = 20.0, 3.5
 # Log of what is left of M^(K-4), beside at most K^4, at the last node.
 NEGLIGIBLE = -60.0
+# Log weights spread over more nats than this are refused: the cost grows with it.
+MOST_SPREAD = 1e4
 # Kernels evaluated at once.
 KERNELS_AT_ONCE = 2**18
 
@@ -93,8 +95,9 @@ def exo_rw_noises(
 
     Raises:
         ValueError: shapes that do not match, a reference or proposal that is not normalised, tables not finite where
-            they must be, a proposal positive elsewhere than the reference, a temperature not above 0, no K, a K below
-            1.
+            they must be, a proposal positive elsewhere than the reference, a temperature not above 0 or so extreme that
+            log w or log v is spread over more than 1e4 nats (1e3 for DPO-rw), no K, a K below 1
+            or not below 2**53.
 
     Example:
         >>> uniform = torch.tensor([0.5, 0.5]).double().log()
@@ -105,7 +108,7 @@ def exo_rw_noises(
     """
     require_counts(ks, at_least=1)
     scores, p, f, scaled_reward, correction = drawn_candidates(
-        scores, log_pi, log_ref, reward, beta_pi, beta_r, log_proposal
+        scores, log_pi, log_ref, reward, beta_pi, beta_r, log_proposal, MOST_SPREAD
     )
     f = f - f.max()
     log_w = f + correction
@@ -114,8 +117,10 @@ def exo_rw_noises(
     means, seconds = scores.new_zeros(len(ks), scores.shape[1]), scores.new_zeros(len(ks))
     for moments in _at_nodes(log_w, f - scaled_reward, p, scores, ks):
         for row, k in enumerate(ks):
-            means[row] += k * (k - 1) * moments.first(k)
-            seconds[row] += k * (k - 1) * moments.second(k)
+            # A product of two large integers is no number that torch takes.
+            pairs = float(k * (k - 1))
+            means[row] += pairs * moments.first(k)
+            seconds[row] += pairs * moments.second(k)
     return [
         Noise(beta_pi * mean, beta_pi**2 * (second - mean.square().sum()))
         for mean, second in zip(means, seconds, strict=True)
@@ -158,7 +163,7 @@ class _Moments(NamedTuple):
         three = three + self.xx * (_dot(at_mean, at_mean) + self.spread * _dot(x, x))
         four = self.x**2 * _dot(xh, xh)
         weighted = two * power(self.log_m, k - 2) + (k - 2) * three * power(self.log_m, k - 3)
-        return STEP / 6 * (weighted + (k - 2) * (k - 3) * four * power(self.log_m, k - 4)).sum()
+        return STEP / 6 * (weighted + float((k - 2) * (k - 3)) * four * power(self.log_m, k - 4)).sum()
 
 
 def _at_nodes(log_w: Tensor, h: Tensor, p: Tensor, scores: Tensor, ks: Sequence[int]) -> Iterator[_Moments]:

@@ -29,7 +29,8 @@ class Noise(NamedTuple):
         """Noise over signal, variance / ||mean||^2: as many independent copies average to a noise like the signal.
 
         Returns:
-            A scalar, at least 0 up to rounding; inf where the mean is zero and the variance is not.
+            A scalar, at least 0 up to rounding; inf where the mean is zero and the variance is not, NaN where both are
+            zero (as of a loss on one candidate): neither noise nor signal.
 
         Example:
             >>> Noise(torch.tensor([3.0, 4.0]).double(), torch.tensor(5.0).double()).to_signal()
@@ -125,11 +126,11 @@ def mean_of_independent(noises: Sequence[Noise]) -> Noise:
 
 
 def require_counts(ks: Sequence[int], *, at_least: int) -> None:
-    """At least one K, none below what is allowed."""
+    """At least one K, none below what is allowed or beyond the integers that float64 tells apart."""
     if not ks:
         raise ValueError("ks must hold at least one number of completions; got none")
     for k in ks:
-        checks.require_integer("k", k, at_least=at_least)
+        checks.require_integer("k", k, at_least=at_least, bits=54)
 
 
 def require_finite(log_p: Tensor, where: str, **tables: Tensor) -> None:

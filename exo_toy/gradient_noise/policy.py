@@ -121,7 +121,7 @@ def leave_one_out_noises(
         Noise of the K completions together, for each K.
 
     Raises:
-        ValueError: as :func:`policy_gradient_noise`; no K, a K below 2.
+        ValueError: as :func:`policy_gradient_noise`; no K, a K below 2 or not below 2**53.
 
     Example:
         >>> uniform = torch.tensor([0.5, 0.5]).double().log()
@@ -137,7 +137,7 @@ def leave_one_out_noises(
     single = sample_noise(returns.unsqueeze(-1) * scores, log_pi)
     product = (p @ returns.square()) * (p @ scores.square().sum(-1))
     rest = single.mean.square().sum() + product
-    return [Noise(single.mean, single.variance / k + rest / (k * (k - 1))) for k in ks]
+    return [Noise(single.mean, single.variance / k + rest / float(k * (k - 1))) for k in ks]
 
 
 def _returns(
