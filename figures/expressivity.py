@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from figures import style
 
@@ -70,7 +71,7 @@ def _by_position(ax: Axes, cases: list[dict[str, Any]]) -> None:
         (case,) = _longest(cases, name)
         _pair(ax, list(range(case["length"])), case["states"], case["ranks"], look)
     ax.set(xlabel="tokens before the cut, t", ylabel="states; rank", title="(a) at every cut")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yscale("log", base=2)
 
 
@@ -80,7 +81,7 @@ def _by_length(ax: Axes, cases: list[dict[str, Any]]) -> None:
         lengths = [case["length"] for case in mine]
         _pair(ax, lengths, [max(case["states"]) for case in mine], [max(case["ranks"]) for case in mine], look)
     ax.set(xlabel="length T", ylabel="most states; largest rank", title="(b) against length")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yscale("log", base=2)
 
 
@@ -92,7 +93,7 @@ def _by_order(ax: Axes, cases: list[dict[str, Any]]) -> None:
         closed, found = ([case[key] for case in mine] for key in ("optimal_to_policy", "policy_to_optimal"))
         _pair(ax, orders, closed, found, look)
     ax.set(xlabel="order k of the k-gram policy", ylabel="KL (nats)", title="(c) k-gram policies", yscale="log")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _close(ax)
 
 
