@@ -15,15 +15,15 @@ def _model_step(results: Results) -> Outcome:
     naive = [worst[head]["naive"] for head in worst]
     loss, gradient = (largest([found[f"{name}_difference"] for found in kernel]) for name in ("loss", "gradient"))
     ours, theirs = (largest([found["gradient_difference_from_float64"] for found in way]) for way in (kernel, naive))
-    largest = max(stored.number("cells"), key=lambda cell: (cell["vocab_size"], cell["k"]))
+    biggest = max(stored.number("cells"), key=lambda cell: (cell["vocab_size"], cell["k"]))
     sizes = "; ".join(
         f"head {head}: {_step(steps['kernel'])}, naive {_step(steps['naive'])}"
-        for head, steps in largest["steps"].items()
+        for head, steps in biggest["steps"].items()
     )
     text = (
         f"{stored.number('dtype')}, {stored.number('device')}: largest relative difference of the loss {loss:.1e}, of "
         f"any parameter's gradient {gradient:.1e} (from float64: kernel {ours:.1e}, naive {theirs:.1e}). Peak memory "
-        f"and time of a step at V={largest['vocab_size']:,}, K={largest['k']}: {sizes}"
+        f"and time of a step at V={biggest['vocab_size']:,}, K={biggest['k']}: {sizes}"
     )
     differences = [difference for found in kernel for difference in found.values()]
     # What is left is rounding, amplified by the model: half the digits are a wide margin for it.
