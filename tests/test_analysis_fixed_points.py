@@ -22,7 +22,7 @@ from tests.strategies import Problem, problems
 
 TINY = fixed_points.Config(
     table_problems=1, table_ks=(2,), planted_length=2, planted_ks=(2,), worlds=("random",), orders=(0,),
-    temperatures=(0.5, 1.0), ks=(2, 4), iterations=40, path_temperatures=(0.5,), path_ks=(4,),
+    temperatures=(0.5, 1.0), ks=(2, 4), iterations=10, path_temperatures=(0.5,), path_ks=(4,),
     fractions=(0.05, 2.0), natural_orders=(), random_starts=0, rtol=1e-4,
 )  # fmt: skip
 LOSSES = {"exo": expected_exo_rw_loss, "dpo": expected_dpo_rw_loss}

@@ -61,8 +61,8 @@ def alpha_rw_loss(
             +inf that is not masked; a row whose log ratios, rewards or log weights are all -inf.
 
     Example:
-        >>> alpha_rw_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 3.0]]), alpha=0.5, beta_pi=0.5, beta_r=1.0)
-        tensor([0.2102])
+        >>> alpha_rw_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 5.0]]), alpha=0.5, beta_pi=0.5, beta_r=1.0)
+        tensor([0.4217])
     """
     checks.require_real("alpha", alpha, allowed="a finite number", low=-math.inf, high=math.inf)
     log_p_f, log_p_r = candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask, log_weights)
