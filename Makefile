@@ -24,11 +24,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 reproduce: $(INSTALLED)
 	$(BIN)/exo-toy reproduce
