@@ -111,6 +111,7 @@ TINY = Config(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tiny_run_has_what_claim_and_figure_read(tmp_path):
     from figures import alpha_divergences as figure
     from figures import style

@@ -58,6 +58,7 @@ def test_full_table(loss, seed):
         assert found["total_variation"] <= found["tolerance"] < 1e-6
 
 
+@pytest.mark.slow
 def test_documented_fixed_points():
     """Two planted modes of length 6, independent positions: figures known to four digits."""
     spread = fixed_points.reward_spread("planted6")
@@ -133,6 +134,7 @@ def test_near_from(excess, wanted):
     assert fixed_points.near_from([2, 4, 8], excess) == wanted
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_a_run(result, tmp_path):
     with style.theme():
         paths = figure.draw(result, tmp_path)
@@ -154,12 +156,14 @@ def judged(result, **changes):
     return CLAIMS[0].evaluate({"fixed_points": changed})
 
 
+@pytest.mark.slow
 def test_claim_holds_on_a_run(result):
     outcome = judged(result)
     assert outcome.verdict in (Verdict.HOLDS, Verdict.CONDITIONAL)
     assert outcome.practice.startswith("At K = 4 ") and outcome.practice.endswith(".")
 
 
+@pytest.mark.slow
 def test_claim_fails_where_a_full_table_ends_elsewhere(result):
     first, *others = result.numbers["tables"]
     assert judged(result, tables=[{**first, "total_variation": 0.1}, *others]).verdict == Verdict.FAILS
@@ -167,11 +171,13 @@ def test_claim_fails_where_a_full_table_ends_elsewhere(result):
     assert judged(result, tables=[{**first, "is_minimum": False}, *others]).verdict == Verdict.FAILS
 
 
+@pytest.mark.slow
 def test_claim_fails_where_the_solver_is_not_accurate_enough(result):
     assert judged(result, solver_error=1e-3).verdict == Verdict.FAILS
     assert judged(result, solver_error=math.nan).verdict == Verdict.FAILS
 
 
+@pytest.mark.slow
 def test_claim_is_conditional_where_a_lower_temperature_needs_fewer(result):
     def needing(low, high):
         changed = [{**case, "near_from": low if case["temperature"] < 0.7 else high} for case in result.numbers["grid"]]
@@ -182,6 +188,7 @@ def test_claim_is_conditional_where_a_lower_temperature_needs_fewer(result):
     assert "at any K computed here" in needing(math.inf, math.inf).practice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "advice"), [(0.3, "take EXO-rw"), (-0.3, "take DPO-rw"), (0.0, "take either")])
 def test_advice_follows_the_objective(result, shift, advice):
     """DPO-rw's fixed points, and EXO-rw's the same but for a shift of J."""

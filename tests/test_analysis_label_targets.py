@@ -136,6 +136,7 @@ def test_measures_by_loops():
     assert slope(gaps, weights) == pytest.approx(by_hand, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_has_every_case(result):
     cases = {(c["world"], c["order"], c["labels"], c["loss"]) for c in result.numbers["cases"]}
     for world, labels in itertools.product(label_targets.WORLDS, LABELS):
@@ -146,6 +147,7 @@ def test_a_run_has_every_case(result):
     assert all(case["gradient"] < 1e-7 for case in result.numbers["cases"] if case["attained"])
 
 
+@pytest.mark.slow
 def test_curves_meet_the_cases(result):
     """Of two completions at a difference of 1: the closed forms stored for the figure."""
     at = int(np.argmin(np.abs(result.arrays["gaps"] - 1)))
@@ -158,6 +160,7 @@ def test_curves_meet_the_cases(result):
     assert np.isinf(result.arrays["dpo|hard"][at])
 
 
+@pytest.mark.slow
 def test_figure_is_drawn(result, tmp_path):
     storage.store("label_targets", "full", TINY, result.numbers, result.arrays, folder=tmp_path)
     with style.theme():

@@ -180,6 +180,7 @@ def test_tempered_candidates_alone_have_no_bias(found):
             assert distance[name][1] < distance[name][0]
 
 
+@pytest.mark.slow
 def test_with_beta_pi_1_the_policy_s_candidates_are_tempered_and_leave_one_out(result):
     policy, tempered = (PROPOSALS.index(name) for name in ("policy", "tempered"))
     variance, signal = (result.arrays[name][1] for name in ("variance", "signal"))
@@ -191,6 +192,7 @@ def test_with_beta_pi_1_the_policy_s_candidates_are_tempered_and_leave_one_out(r
     assert (np.abs(elsewhere[:, policy] / elsewhere[:, tempered] - 1) > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_all_proposals_start_as_one(result):
     for name in ("variance", "signal"):
         start = result.arrays[name][:, :, 0]
@@ -223,6 +225,7 @@ def test_a_refresh_is_the_minimum_over_all_pairs(corrected):
         assert kl == pytest.approx(oracles.kl(log_mu.tolist(), problem.log_pi_star.tolist()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_refreshing_ends_at_the_best_of_the_policy(result):
     paths, best = result.numbers["refreshed"], result.numbers["best_kl"]
     for path in paths["corrected"].values():
@@ -232,6 +235,7 @@ def test_refreshing_ends_at_the_best_of_the_policy(result):
     assert set(paths) == set(CORRECTIONS)
 
 
+@pytest.mark.slow
 def test_numbers_are_means_of_the_arrays(result):
     q, place = PROPOSALS.index("half"), len(result.arrays["steps"]) - 1
     here = result.numbers["by_beta_pi"]["0.5"]["end"]["proposals"]["half"]
@@ -247,6 +251,7 @@ def test_numbers_are_means_of_the_arrays(result):
     assert others["3"] == pytest.approx(math.sqrt(dpo[0] * dpo[1]), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_figure_is_drawn(result, tmp_path):
     storage.store("refreshed_candidates", "full", TINY, result.numbers, result.arrays, folder=tmp_path)
     with style.theme():
@@ -295,6 +300,7 @@ GOOD = {
 }
 
 
+@pytest.mark.slow
 def test_verdict_of_the_claim(result):
     """Fails where nothing is repaired or weights repair nothing; conditional where what is sampled is no better."""
     held = b4(result, **GOOD)
@@ -306,6 +312,7 @@ def test_verdict_of_the_claim(result):
     assert no_better.verdict == Verdict.CONDITIONAL and "at β_π=1 from the reference" in no_better.practice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
@@ -323,6 +330,7 @@ def test_claim_fails_without_a_repair_that_needs_the_weights(result, broken):
     assert outcome.practice == ""
 
 
+@pytest.mark.slow
 def test_advice_follows_from_the_numbers(result):
     practice = b4(result, **GOOD).practice
     assert (

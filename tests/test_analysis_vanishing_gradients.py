@@ -141,6 +141,7 @@ def test_adam_and_descent_count_their_steps():
     assert descent_steps(most=steps - 1, **pair) == math.inf
 
 
+@pytest.mark.slow
 def test_descent_of_a_pair_follows_the_flow(result):
     """At a rate of one half the steps are within a few of time over rate; beyond the limit they are given up."""
     for loss, found in result.numbers["correction"].items():
@@ -159,6 +160,7 @@ def test_growth_is_the_slope_of_the_log_steps():
     assert growth(found, "policy", "exo_rw") == math.inf
 
 
+@pytest.mark.slow
 def test_a_run_has_every_case(result):
     cases = {(c["scenario"], c["training"], c["wrong"]) for c in result.numbers["training"]}
     wrong = {"reference": TINY.wrong_reference, "policy": TINY.wrong_policy}
@@ -178,6 +180,7 @@ def test_descent_is_what_is_trained_on():
     assert descent.share(problem.log_pi_star) == pytest.approx(0, abs=1e-14)
 
 
+@pytest.mark.slow
 def test_figure_is_drawn(result, tmp_path):
     storage.store("vanishing_gradients", "full", TINY, result.numbers, result.arrays, folder=tmp_path)
     with style.theme():
