@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from exo_toy import checks
+from exo_toy import checks, logspace
 from exo_toy.logspace import expectation, logaddexp
 
 
@@ -142,19 +142,7 @@ def alpha_divergence(
     """
     checks.require_real("alpha", alpha, allowed="a finite number", low=-math.inf, high=math.inf)
     log_p, log_q = _log_probabilities(log_p, log_q)
-    if alpha < 0.5:
-        log_p, log_q, alpha = log_q, log_p, 1 - alpha
-    if alpha == 1:
-        return expectation(log_p, log_p - log_q)
-    # sum_y p - m with m = p^alpha q^(1-alpha), each term from the larger of the two: as alpha tends to 1 nothing
-    # cancels, and (q/p)^(1-alpha), which may overflow where p underflows, is never formed.
-    outside = log_p == -torch.inf
-    step = (1 - alpha) * (log_q - log_p.masked_fill(outside, 0.0))
-    grows = step > 0
-    log_m = (log_p + step).masked_fill(outside, -torch.inf)
-    difference = torch.where(grows, torch.expm1(-step.where(grows, 0.0)), -torch.expm1(step.where(~grows, 0.0)))
-    # Divided twice: the product overflows for huge alpha.
-    return expectation(torch.where(grows, log_m, log_p), difference) / alpha / (1 - alpha)
+    return logspace.alpha_divergence(log_p, log_q, float(alpha))
 
 
 def _log_probabilities(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

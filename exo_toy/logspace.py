@@ -29,6 +29,35 @@ def expectation(log_p: Float[Tensor, "*#X N"], values: Float[Tensor, "*#X N"]) -
     return torch.where((p == 0) & values.isinf(), values.detach(), p * values).sum(-1)
 
 
+def alpha_divergence(log_p: Float[Tensor, "*#X N"], log_q: Float[Tensor, "*#X N"], alpha: float) -> Tensor:
+    r"""Amari's :math:`(1 - \sum_y p^\alpha q^{1-\alpha}) / (\alpha (1 - \alpha))`, its limits at 0 and 1; no checks.
+
+    Args:
+        log_p: [..., N] normalised log-probabilities, -inf for zero.
+        log_q: [..., N].
+        alpha: any finite number.
+
+    Returns:
+        [...], at least 0 up to rounding.
+
+    Example:
+        >>> alpha_divergence(torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).log(), 1.0)
+        tensor(0.6931)
+    """
+    if alpha < 0.5:
+        log_p, log_q, alpha = log_q, log_p, 1 - alpha
+    if alpha == 1:
+        return expectation(log_p, log_p - log_q)
+    # sum_y p - m with m = p^alpha q^(1-alpha), each term from the larger of the two: as alpha tends to 1 nothing
+    # cancels, and (q/p)^(1-alpha), which may overflow where p underflows, is never formed.
+    outside = log_p == -torch.inf
+    step = (1 - alpha) * (log_q - log_p.masked_fill(outside, 0.0)).masked_fill(outside, 0.0)
+    grows = step > 0
+    difference = torch.where(grows, torch.expm1(-step.where(grows, 0.0)), -torch.expm1(step.where(~grows, 0.0)))
+    # Divided twice: the product overflows for huge alpha.
+    return expectation(torch.where(grows, log_p + step, log_p), difference) / alpha / (1 - alpha)
+
+
 def log_softmax(logits: Float[Tensor, "*leading N"], mask: Bool[Tensor, "*leading N"] | None = None) -> Tensor:
     """Log-softmax over the last dimension; entries outside ``mask`` get -inf, whatever they hold, and no gradient.
 

@@ -89,6 +89,11 @@ def largest(values: list[float]) -> float:
     return next((value for value in values if value != value), max(values))
 
 
+def in_range(values: list[float]) -> str:
+    """From the least to the largest."""
+    return f"{min(values):.2g} to {max(values):.2g}"
+
+
 def signs(differences: Mapping[str, Measured]) -> dict[str, int]:
     """The sign of each difference, 0 where its interval holds 0."""
     return {at: 1 if found["low"] > 0 else -1 if found["high"] < 0 else 0 for at, found in differences.items()}

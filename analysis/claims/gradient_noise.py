@@ -1,6 +1,6 @@
 """Noise of the gradients at equal numbers of samples."""
 
-from analysis.claims.base import LOOKS, Claim, Measured, Outcome, Results, Verdict
+from analysis.claims.base import LOOKS, Claim, Measured, Outcome, Results, Verdict, in_range
 
 
 def _gradient_noise(results: Results) -> Outcome:
@@ -55,9 +55,9 @@ def _losses(later: dict[str, list[Measured]], k: str) -> str:
     for training, cases in later.items():
         for loss in ("exo_rw", "dpo_rw"):
             cosine, to_limit = (
-                _range([_mean(found[which][loss][k]) for found in cases]) for which in ("cosine", "cosine_to_limit")
+                in_range([_mean(found[which][loss][k]) for found in cases]) for which in ("cosine", "cosine_to_limit")
             )
-            noise = _range([_mean(found["noise_to_signal"][loss][k]) for found in cases])
+            noise = in_range([_mean(found["noise_to_signal"][loss][k]) for found in cases])
             parts.append(
                 f"{LOOKS[loss]} on {LOOKS[training]}'s policies {cosine} to J's gradient, {to_limit} to its limit's, "
                 f"noise over its own signal {noise}"
@@ -72,7 +72,7 @@ def _baseline(start: Measured, later: list[Measured], ks: list[str]) -> str:
         ratios = [found["none_over_leave_one_out"][k] for found in later]
         parts.append(
             f"K={k} {_mean(start['none_over_leave_one_out'][k]):.2g} at the start, later "
-            f"{_range([_mean(ratio) for ratio in ratios])} and above 1 in {sum(map(_pays, ratios))} of {len(ratios)}"
+            f"{in_range([_mean(ratio) for ratio in ratios])} and above 1 in {sum(map(_pays, ratios))} of {len(ratios)}"
         )
     return f"Policy gradient's noise without a baseline over that with leave-one-out: {'; '.join(parts)}"
 
@@ -103,11 +103,6 @@ def _pays(ratio: Measured) -> bool:
 
 def _mean(found: Measured) -> float:
     return float(found["mean"])
-
-
-def _range(values: list[float]) -> str:
-    """From the least to the largest."""
-    return f"{min(values):.2g} to {max(values):.2g}"
 
 
 CLAIMS = (

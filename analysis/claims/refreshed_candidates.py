@@ -10,6 +10,7 @@ from analysis.claims.base import (
     Results,
     Verdict,
     holds_if,
+    in_range,
 )
 
 NAMES = {
@@ -63,10 +64,10 @@ def _refreshed(results: Results) -> Outcome:
         for beta_pi in at_end
     )
     rounds = len(next(iter(paths["corrected"].values()))) - 1
-    without = _range([100 * value for value in left["uncorrected"]])
+    without = in_range([100 * value for value in left["uncorrected"]])
     text = (
         f"exact. Two modes, β_π = 1: KL(π_θ‖π*) is above the best that the policy can ({best:.3g}) by "
-        f"{_range([100 * value for value in before])} % on the reference's candidates (K = "
+        f"{in_range([100 * value for value in before])} % on the reference's candidates (K = "
         f"{', '.join(paths['corrected'])}); after {rounds} refreshes by at most {100 * max(after):.1g} % with log "
         f"weights and by {without} % without. "
         f"Reviews, end of training, K={few}, relative distance of K/(K−1) times the mean gradient from the limit's, by "
@@ -94,11 +95,6 @@ def _least_biased(found: Measured, names: list[str], k: str) -> str:
     """Of these proposals, the first of those whose mean gradient is nearest to the limit's, up to rounding."""
     distance = {name: found[name]["distance"][k] for name in names}
     return next(name for name in names if distance[name] <= min(distance.values()) + EXACT)
-
-
-def _range(values: list[float]) -> str:
-    """From the least to the largest."""
-    return f"{min(values):.2g} to {max(values):.2g}"
 
 
 CLAIMS = (

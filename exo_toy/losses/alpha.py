@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -61,24 +60,10 @@ def alpha_rw_loss(
             +inf that is not masked; a row whose log ratios, rewards or log weights are all -inf.
 
     Example:
+        >>> import torch
         >>> alpha_rw_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 5.0]]), alpha=0.5, beta_pi=0.5, beta_r=1.0)
         tensor([0.4217])
     """
     checks.require_real("alpha", alpha, allowed="a finite number", low=-math.inf, high=math.inf)
     log_p_f, log_p_r = candidate_log_probs(log_ratio, rewards, beta_pi, beta_r, mask, log_weights)
-    dtype = common_dtype(log_ratio, rewards, log_weights)
-    if alpha < 0.5:
-        return _divergence(log_p_r, log_p_f, 1.0 - alpha).to(dtype)
-    return _divergence(log_p_f, log_p_r, float(alpha)).to(dtype)
-
-
-def _divergence(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """D_alpha(p||q) [B], alpha at least 1/2."""
-    if alpha == 1:
-        return logspace.expectation(log_p, log_p - log_q)
-    # The sum of p - p^alpha q^(1-alpha), each term from the larger of the two: nothing cancels near alpha = 1.
-    outside = log_p == -torch.inf
-    step = (1 - alpha) * (log_q - log_p.masked_fill(outside, 0.0)).masked_fill(outside, 0.0)
-    grows = step > 0
-    difference = torch.where(grows, torch.expm1(-step.where(grows, 0.0)), -torch.expm1(step.where(~grows, 0.0)))
-    return logspace.expectation(torch.where(grows, log_p + step, log_p), difference) / alpha / (1 - alpha)
+    return logspace.alpha_divergence(log_p_f, log_p_r, float(alpha)).to(common_dtype(log_ratio, rewards, log_weights))
