@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from analysis import cluster, storage
 from analysis.cluster import ClusterError
-from exo_toy.cli import add_process_options
+from exo_toy.cli.experiments import add_process_options
 
 EXPERIMENTS = storage.EXPERIMENTS
 PRESETS = ("quick", "default", "full")

@@ -1,6 +1,7 @@
 """The audit of a log: what is read and refused, numbers against oracles and exact values, files, figure, command."""
 
 import errno
+import importlib.util
 import io
 import json
 import math
@@ -604,9 +605,9 @@ def test_command_checks_its_settings(at, capsys):
 
 def test_command_without_its_extras(at, monkeypatch, capsys):
     (at / "run").write_text(lines(GOOD))
-    real = cli.importlib.util.find_spec
+    real = importlib.util.find_spec
     missing = {"matplotlib", "seaborn"}
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name in missing else real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else real(name))
     assert command("run") == 2
     assert (
         "draws with matplotlib, seaborn: pip install matplotlib seaborn, or pass --no-figure" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The command, run in a small checkout of its own with experiments that only count."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -12,8 +13,7 @@ import pytest
 
 from analysis.runner import EXPERIMENTS
 from exo_toy import __version__, cli
-
-ROOT = cli.CHECKOUT
+from exo_toy.cli.experiments import CHECKOUT as ROOT
 
 EXPERIMENT = """
 import time
@@ -87,7 +87,8 @@ def checkout(tmp_path) -> Path:
         "analysis": ("__init__", "cluster", "runner", "storage", "report"),
         "analysis/claims": ("__init__", "base"),
         "figures": ("__init__", "style"),
-        "exo_toy": ("__init__", "cli"),
+        "exo_toy": ("__init__",),
+        "exo_toy/cli": ("__init__", "__main__", "base", "audit", "experiments", "lm"),
     }.items():
         (root / folder).mkdir(parents=True)
         for file in files:
@@ -218,7 +219,7 @@ def test_figures_without_results_says_what_to_run(checkout):
 
 @pytest.fixture
 def no_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(cli.experiments, "CHECKOUT", tmp_path)
 
 
 @pytest.mark.parametrize("command", ["verify", "figures", "reproduce"])
@@ -237,8 +238,8 @@ def test_without_the_checkout_commands_say_so(no_checkout, command, capsys):
     ],
 )
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(monkeypatch, command, absent, extras, capsys):
-    real = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == absent else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else real(name))
     assert cli.main([command]) == 2
     err = capsys.readouterr().err
     assert f"needs {absent}: pip install" in err

@@ -21,6 +21,7 @@ import pytest
 from analysis import cluster as clusters
 from analysis import runner, storage
 from exo_toy import cli
+from exo_toy.cli.experiments import CHECKOUT
 
 dask = pytest.importorskip("dask", reason="the extra dask is not installed")
 distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
@@ -193,7 +194,7 @@ def stale(tmp_path) -> Path:
     """A checkout with one other line in the library."""
     for package in ("exo_toy", "analysis"):
         ignore = shutil.ignore_patterns("results", ".cache", "__pycache__")
-        shutil.copytree(cli.CHECKOUT / package, tmp_path / "stale" / package, ignore=ignore)
+        shutil.copytree(CHECKOUT / package, tmp_path / "stale" / package, ignore=ignore)
     with (tmp_path / "stale" / "exo_toy" / "checks.py").open("a") as file:
         file.write("# older\n")
     return tmp_path / "stale"
