@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: install test test-slow reproduce reproduce-quick reproduce-full bench wheel clean
+.PHONY: install test test-slow test-hf reproduce reproduce-quick reproduce-full bench wheel clean
 
 install: $(INSTALLED)
 
@@ -24,11 +24,16 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/pytest -m slow --ignore=tests/hf
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf
+
+# The integrations, with the extra that they need. Nothing is looked up on a hub.
+test-hf: $(INSTALLED)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]'
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile tests/hf
 
 reproduce: $(INSTALLED)
 	$(BIN)/exo-toy reproduce
@@ -40,10 +45,11 @@ reproduce-full: $(INSTALLED)
 	$(BIN)/exo-toy reproduce --full
 
 bench: $(INSTALLED)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,hf]'
 	$(BIN)/python -m benchmarks.policies
 	$(BIN)/python -m benchmarks.finite_k
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.trainer
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation --wheel

@@ -28,8 +28,8 @@ FLOORS = {
         "objectives",
         "preferences",
     },
-    4: {"theorems", "training"},
-    5: {"audit", "integrations", "lab", "plots", "testing"},
+    4: {"plots", "theorems", "training"},
+    5: {"audit", "integrations", "lab", "testing"},
     6: {"cli"},
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
@@ -41,7 +41,8 @@ OWN_DEPENDENCIES = {
     "losses": {"jaxtyping", "torch"},
     "kernels": {"jaxtyping", "torch", "triton"},
     "plots": DEPENDENCIES | {"matplotlib", "seaborn"},
-    "integrations": DEPENDENCIES | {"accelerate", "datasets", "transformers", "trl"},
+    "integrations": DEPENDENCIES
+    | {"accelerate", "datasets", "matplotlib", "peft", "seaborn", "tqdm", "transformers", "trl", "yaml"},
     "cli": set(),
 }
 

@@ -1,0 +1,210 @@
+"""Settings of :class:`~exo_toy.integrations.trainer.CandidateTrainer`."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from exo_toy import checks, losses
+
+# Called with log ratios and rewards [B, K], and mask= and log_weights=.
+LOSSES_ON_REWARDS: Mapping[str, Callable[..., Any]] = {
+    "exo_rw": losses.exo_rw_loss,
+    "dpo_rw": losses.dpo_rw_loss,
+    "alpha_rw": losses.alpha_rw_loss,
+}
+# Called with log-probabilities [B]: of policy and reference, each of chosen and rejected.
+LOSSES_ON_PAIRS: Mapping[str, Callable[..., Any]] = {"exo_pref": losses.exo_pref_loss, "dpo": losses.dpo_loss}
+LOSSES = (*LOSSES_ON_REWARDS, *LOSSES_ON_PAIRS)
+FROM_THE_BATCH = ("mask", "log_weights")
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with the help text that a command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CandidateConfig(TrainingArguments):
+    r"""Arguments of ``transformers.TrainingArguments``, and those of losses on candidates.
+
+    The temperatures have no default: ``beta_r`` and ``beta_pi`` must be given for a loss on rewards, ``beta`` for one
+    on pairs. With rewards the policy tends to :math:`\pi^*_\beta` with :math:`\beta = \beta_r \beta_\pi`.
+
+    Attributes:
+        loss: "exo_rw", "dpo_rw" or "alpha_rw" for candidates with rewards, "exo_pref" or "dpo" for chosen and
+            rejected. A callable given to the trainer takes its place.
+        beta_r: reward temperature, above 0; divides the reward.
+        beta_pi: policy temperature, above 0; multiplies the log ratio of policy and reference.
+        beta: of the losses on pairs, above 0; multiplies the log ratio.
+        label_smoothing: of the losses on pairs: the probability that a label is wrong, in (0, 1/2) for "exo_pref"
+            (1e-3 where not given), in [0, 1/2) for "dpo" (0 where not given).
+        loss_kwargs: further keyword arguments of the loss by name, such as "alpha" of "alpha_rw"; on a command line,
+            JSON.
+        temperature: at which the candidates were sampled; divides the logits of policy and reference.
+        max_prompt_length: tokens of a prompt that are kept, its end; None for all.
+        max_completion_length: tokens of a completion that are kept, its start; None for all.
+        padding_side: "right" or "left"; makes no difference beyond rounding.
+        pad_to_multiple_of: the width of a batch is a multiple of this.
+        kernel: of the log-probabilities: "linear" (from hidden states, the logits never exist), "selective" (from the
+            model's logits), "auto" for linear where the model's head allows it.
+        disable_dropout: no dropout in the policy, so that it agrees with the reference where training starts.
+        ref_cache: folder of the reference's log-probabilities, read instead of running the reference.
+        precompute_ref: fill ``ref_cache`` before training, where something is missing.
+        ess_warning: warn, once, when the effective number of candidates beyond the first, as a share of those there
+            are, (ESS - 1) / (K - 1), falls below this; in [0, 1), 0 for no warning. For data with rewards only.
+        learning_rate: TrainingArguments' own; here 1e-6, the paper's.
+        logging_steps: TrainingArguments' own; here 10.
+        remove_unused_columns: False; the model's arguments are no guide to the columns of the dataset.
+
+    Raises:
+        ValueError: a setting out of range, or one of TrainingArguments' that could have no effect here.
+
+    Example:
+        >>> config = CandidateConfig("out", loss="exo_rw", beta_r=0.1, beta_pi=0.1, use_cpu=True, report_to="none")
+        >>> config.temperature
+        1.0
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012 (as there)
+
+    loss: str = option("exo_rw", f"one of {', '.join(LOSSES)}")
+    beta_r: float | None = option(None, "reward temperature, divides the reward (losses on rewards)")
+    beta_pi: float | None = option(None, "policy temperature, multiplies the log ratio (losses on rewards)")
+    beta: float | None = option(None, "multiplies the log ratio (losses on pairs)")
+    label_smoothing: float | None = option(None, "probability that a label is wrong (losses on pairs)")
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "further arguments of the loss, as JSON"}
+    )
+    temperature: float = option(1.0, "at which the candidates were sampled; divides the logits of both policies")
+    max_prompt_length: int | None = option(None, "tokens kept of a prompt, its end")
+    max_completion_length: int | None = option(None, "tokens kept of a completion, its start")
+    padding_side: str = option("right", "right or left")
+    pad_to_multiple_of: int | None = option(None, "the width of a batch is a multiple of this")
+    kernel: str = option("auto", "of the log-probabilities: auto, linear or selective")
+    disable_dropout: bool = option(True, "no dropout in the policy")
+    ref_cache: str | None = option(None, "folder of the reference's log-probabilities")
+    precompute_ref: bool = option(False, "fill ref_cache before training")
+    ess_warning: float = option(0.1, "warn below this share of effective candidates")
+
+    learning_rate: float = option(1e-6, "the initial learning rate")
+    logging_steps: float = option(10, "log every so many steps")
+    remove_unused_columns: bool = option(False, "must be False")
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("padding_side", self.padding_side, ("right", "left"))
+        check_choice("kernel", self.kernel, ("auto", "linear", "selective"))
+        checks.require_positive(temperature=self.temperature)
+        for name in ("beta_r", "beta_pi", "beta"):
+            if getattr(self, name) is not None:
+                checks.require_positive(**{name: getattr(self, name)})
+        for name in ("max_prompt_length", "max_completion_length", "pad_to_multiple_of"):
+            if getattr(self, name) is not None:
+                checks.require_integer(name, getattr(self, name), at_least=1)
+        checks.require_real("ess_warning", self.ess_warning, allowed="in [0, 1)", low=0.0, high=1.0, low_allowed=True)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: it would drop the candidates; got True")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor must be 0: it belongs to next-token losses, losses on pairs have "
+                f"label_smoothing; got {self.label_smoothing_factor!r}"
+            )
+        super().__post_init__()
+
+
+def loss_settings(config: CandidateConfig) -> dict[str, Any]:
+    """Keyword arguments of the named loss: what is given of temperatures and label smoothing, and ``loss_kwargs``.
+
+    Args:
+        config: the settings.
+    """
+    fields = {name: getattr(config, name) for name in ("beta_r", "beta_pi", "beta", "label_smoothing")}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return given | dict(config.loss_kwargs or {})  # type: ignore[arg-type]
+
+
+def check_loss(config: CandidateConfig) -> None:
+    """The settings that the named loss needs are there, none that it does not use, and it accepts their values.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: a setting is missing, has no effect, or is refused by the loss.
+    """
+    pairs = config.loss in LOSSES_ON_PAIRS
+    function = (LOSSES_ON_PAIRS if pairs else LOSSES_ON_REWARDS)[config.loss]
+    given, loss = loss_settings(config), f"loss={config.loss!r}"
+    taken = {
+        name: parameter.default is parameter.empty
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in FROM_THE_BATCH
+    }
+    for name, needed in taken.items():
+        if needed and name not in given:
+            where = "" if hasattr(config, name) else " in loss_kwargs"
+            raise ValueError(f"{name} must be given{where} for {loss}: it has no default; got None")
+    for name, value in given.items():
+        if name not in taken:
+            raise ValueError(f"{name} must be None for {loss}, which takes {', '.join(taken)}; got {value!r}")
+    # On made-up prompts, so that what the loss refuses is said before training.
+    function(*torch.zeros((4, 2) if pairs else (2, 1, 2)), **given)
+
+
+def check_metric_temperatures(config: CandidateConfig, *, pairs: bool) -> None:
+    """With a loss of one's own: the temperatures of the metrics are there, and no settings of the named losses.
+
+    Args:
+        config: the settings.
+        pairs: whether the data are pairs of chosen and rejected.
+
+    Raises:
+        ValueError: a temperature is missing, or a setting is given that has no effect.
+    """
+    needed = ("beta",) if pairs else ("beta_r", "beta_pi")
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ValueError(f"{name} must be given with a loss of one's own, for the metrics; got None")
+    for name, value in loss_settings(config).items():
+        if name not in needed:
+            raise ValueError(f"{name} must be None with a loss of one's own on these columns; got {value!r}")
+
+
+def check_support(args: Any) -> None:
+    """Settings that the trainer cannot honour are refused.
+
+    Args:
+        args: what the trainer was given.
+
+    Raises:
+        ValueError: no CandidateConfig, or one that asks for what is not supported.
+    """
+    if not isinstance(args, CandidateConfig):
+        raise ValueError(f"args must be a CandidateConfig; got {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: {args.n_gpu} GPUs in one process would be driven by nn.DataParallel; start one process per GPU "
+            "with accelerate launch, or show one GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f'train_sampling_strategy must be "random" or "sequential"; got {args.train_sampling_strategy}'
+        )
+    if args.dataloader_persistent_workers:
+        raise ValueError("dataloader_persistent_workers must be False: workers take on each epoch's order; got True")
+    if getattr(args.accelerator_config, "dispatch_batches", False):
+        raise ValueError("accelerator_config's dispatch_batches must be None or False; got True")
+    if args.parallelism_config is not None:
+        raise ValueError("parallelism_config must be None: data parallelism alone is supported; got one")
+    if args.precompute_ref and args.ref_cache is None:
+        raise ValueError("ref_cache must name a folder where precompute_ref is True; got None")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """A setting is one of several words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

@@ -1,0 +1,116 @@
+"""Settings: what they need, what they refuse, and that a command line can give them."""
+
+import dataclasses
+
+import pytest
+from transformers import HfArgumentParser
+
+from exo_toy.integrations.config import (
+    LOSSES,
+    LOSSES_ON_PAIRS,
+    CandidateConfig,
+    check_loss,
+    check_metric_temperatures,
+    loss_settings,
+)
+
+CPU = {"use_cpu": True, "report_to": "none"}
+
+
+def config(**given):
+    return CandidateConfig("out", **CPU, **given)
+
+
+def test_defaults():
+    plain = config()
+    assert plain.loss == "exo_rw" and plain.temperature == 1.0 and plain.disable_dropout
+    assert plain.beta_r is plain.beta_pi is plain.beta is plain.label_smoothing is None
+    assert plain.learning_rate == 1e-6 and plain.remove_unused_columns is False
+
+
+@pytest.mark.unchecked
+def test_a_command_line_and_a_dictionary_give_every_setting():
+    parser = HfArgumentParser(CandidateConfig)
+    words = "--output_dir out --use_cpu --report_to none --loss dpo_rw --beta_r 0.5 --beta_pi 0.1 --padding_side left"
+    (parsed,) = parser.parse_args_into_dataclasses([*words.split(), "--precompute_ref", "--ref_cache", "cache"])
+    assert (parsed.loss, parsed.beta_r, parsed.beta_pi, parsed.padding_side) == ("dpo_rw", 0.5, 0.1, "left")
+    assert parsed.precompute_ref and parsed.ref_cache == "cache" and parsed.beta is None
+    assert parsed.to_dict()["beta_pi"] == 0.1
+    ours = {field.name for field in dataclasses.fields(CandidateConfig)}
+    assert all(f"--{name}" in parser.format_help() for name in ours & set(CandidateConfig.__annotations__))
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss": "exo"}, "loss must be one of exo_rw, dpo_rw, alpha_rw, exo_pref, dpo; got 'exo'"),
+        ({"padding_side": "middle"}, "padding_side must be one of right, left; got 'middle'"),
+        ({"kernel": "fast"}, "kernel must be one of auto, linear, selective; got 'fast'"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0"),
+        ({"beta_r": -1.0}, "beta_r must be a finite number above 0"),
+        ({"beta_pi": float("nan")}, "beta_pi must be a finite number above 0"),
+        ({"beta": float("inf")}, "beta must be a finite number above 0"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be an integer of at least 1"),
+        ({"max_completion_length": 1.5}, "max_completion_length must be an integer of at least 1"),
+        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of must be an integer of at least 1"),
+        ({"ess_warning": 1.0}, r"ess_warning must be in \[0, 1\)"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+    ],
+)
+def test_a_bad_setting_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        config(**given)
+
+
+# A valid setting of each loss.
+WHOLE = {loss: {"beta": 0.1} if loss in LOSSES_ON_PAIRS else {"beta_r": 0.1, "beta_pi": 0.2} for loss in LOSSES}
+WHOLE["alpha_rw"]["loss_kwargs"] = {"alpha": 0.5}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_needs_its_settings_and_no_others(loss):
+    whole = WHOLE[loss]
+    check_loss(config(loss=loss, **whole))
+    for name in whole:
+        with pytest.raises(ValueError, match=rf"must be given( in loss_kwargs)? for loss='{loss}'"):
+            check_loss(config(loss=loss, **{**whole, name: None}))
+    idle = {"beta", "beta_r", "beta_pi"} - whole.keys() | (set() if loss in LOSSES_ON_PAIRS else {"label_smoothing"})
+    for name in idle:
+        with pytest.raises(ValueError, match=f"{name} must be None for loss='{loss}', which takes "):
+            check_loss(config(loss=loss, **whole, **{name: 0.1}))
+    with pytest.raises(ValueError, match=f"gamma must be None for loss='{loss}'"):
+        check_loss(config(loss=loss, **{**whole, "loss_kwargs": {**whole.get("loss_kwargs", {}), "gamma": 1}}))
+
+
+@pytest.mark.unchecked
+def test_what_a_loss_refuses_is_said_before_training():
+    for loss, epsilon in (("exo_pref", 0.0), ("dpo", 0.5), ("dpo", -0.1)):
+        with pytest.raises(ValueError, match="label_smoothing must be in"):
+            check_loss(config(loss=loss, beta=0.1, label_smoothing=epsilon))
+    with pytest.raises(ValueError, match="alpha must be"):
+        check_loss(config(loss="alpha_rw", beta_r=0.1, beta_pi=0.1, loss_kwargs={"alpha": float("nan")}))
+    check_loss(config(loss="dpo", beta=0.1, label_smoothing=0.0))
+    check_loss(config(loss="exo_pref", beta=0.1, label_smoothing=0.49))
+
+
+@pytest.mark.unchecked
+def test_loss_kwargs_from_a_command_line():
+    parser = HfArgumentParser(CandidateConfig)
+    words = ["--output_dir", "out", "--use_cpu", "--report_to", "none", "--loss", "alpha_rw", "--beta_r", "1"]
+    (parsed,) = parser.parse_args_into_dataclasses([*words, "--beta_pi", "1", "--loss_kwargs", '{"alpha": 0.5}'])
+    assert loss_settings(parsed) == {"beta_r": 1.0, "beta_pi": 1.0, "alpha": 0.5}
+
+
+def test_a_loss_of_ones_own_needs_the_temperatures_of_the_metrics_alone():
+    check_metric_temperatures(config(beta_r=0.1, beta_pi=0.1), pairs=False)
+    check_metric_temperatures(config(beta=0.1), pairs=True)
+    for pairs, given, message in (
+        (False, {"beta_r": 0.1}, "beta_pi must be given with a loss of one's own"),
+        (True, {}, "beta must be given with a loss of one's own"),
+        (True, {"beta": 0.1, "beta_r": 0.1}, "beta_r must be None with a loss of one's own"),
+        (False, {"beta_r": 0.1, "beta_pi": 0.1, "loss_kwargs": {"alpha": 1}}, "alpha must be None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_metric_temperatures(config(**given), pairs=pairs)
