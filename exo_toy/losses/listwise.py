@@ -125,13 +125,7 @@ def candidate_log_probs(
     compute_dtype = torch.promote_types(common_dtype(log_ratio, rewards, log_weights), torch.float32)
     checks.require_temperature(compute_dtype, beta_pi=beta_pi, beta_r=beta_r)
     checks.require_shape("B K", **given)
-    if log_ratio.shape[-1] < 2:
-        raise ValueError(f"log_ratio must have K >= 2 candidates per row; got shape {list(log_ratio.shape)}")
-    if mask is None:
-        mask = torch.ones_like(log_ratio, dtype=torch.bool)
-    else:
-        checks.require_mask(mask=mask)
-        checks.require_shape("B K", log_ratio=log_ratio, mask=mask)
+    mask = candidate_mask(log_ratio, mask)
     if log_weights is not None:
         _check_weights(log_weights.detach(), mask)
         mask = mask & (log_weights > -torch.inf)
@@ -142,6 +136,18 @@ def candidate_log_probs(
         shift = _below_max(log_weights.to(compute_dtype), mask)
         f, scaled_rewards = f + shift, scaled_rewards + shift
     return logspace.log_softmax(f, mask), logspace.log_softmax(scaled_rewards, mask)
+
+
+def candidate_mask(log_ratio: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, all True if there is none, of K >= 2 candidates."""
+    checks.require_shape("B K", log_ratio=log_ratio)
+    if log_ratio.shape[-1] < 2:
+        raise ValueError(f"log_ratio must have K >= 2 candidates per row; got shape {list(log_ratio.shape)}")
+    if mask is None:
+        return torch.ones_like(log_ratio, dtype=torch.bool)
+    checks.require_mask(mask=mask)
+    checks.require_shape("B K", log_ratio=log_ratio, mask=mask)
+    return mask
 
 
 def common_dtype(log_ratio: Tensor, rewards: Tensor, log_weights: Tensor | None) -> torch.dtype:
