@@ -1,11 +1,11 @@
-"""The picture that an audit hands its user. Needs matplotlib and seaborn, the extra ``figures``."""
+"""The pictures that audit and laboratory hand their user. Needs matplotlib and seaborn, the extra ``figures``."""
 
 import itertools
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import matplotlib as mpl
 import numpy as np
@@ -187,3 +187,195 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.set(yscale="log", xlabel="reward $r$")
     ax.set_title(panel.title, fontsize=8)
     ax.text(0.04, 0.96, "ESS\n" + "\n".join(sizes), transform=ax.transAxes, va="top", fontsize=6)
+
+
+@runtime_checkable
+class LossReport(Protocol):
+    """What :func:`loss_page` reads of a report of the laboratory."""
+
+    @property
+    def name(self) -> str:
+        """Of the loss."""
+
+    @property
+    def kind(self) -> str:
+        """Which tensors it takes."""
+
+    @property
+    def equals(self) -> tuple[str, ...]:
+        """Known losses that it equals."""
+
+    @property
+    def alignment(self) -> Any:
+        """Cosines and biases of expected gradients by number of candidates, or None."""
+
+    @property
+    def optima(self) -> Any:
+        """Minimisers over full tables."""
+
+    @property
+    def capacities(self) -> Any:
+        """Minimisers in a family with one mode."""
+
+    @property
+    def curve(self) -> Any:
+        """Loss and gradient weight against the margin."""
+
+    @property
+    def unchanged_by(self) -> Any:
+        """What leaves the loss as it is."""
+
+    @property
+    def findings(self) -> Any:
+        """Defects."""
+
+
+# The order-blind sequence of a colour-blind safe palette, with lines that stay apart in grey.
+SERIES = (("#332288", "-", "o"), ("#CC6677", "--", "s"), ("#117733", "-.", "^"), ("#DDCC77", ":", "D"))
+# Losses and weights beyond this are drawn on a logarithmic axis.
+LINEAR = 100.0
+# Characters of the findings in a line, and findings that a panel has room for.
+WIDTH, MOST_FINDINGS = 58, 6
+
+
+def loss_page(report: LossReport, path: Path) -> Path:
+    """Draw a loss as the laboratory found it, on one page.
+
+    For losses on lists, how far its expected gradient is from those of divergences as K grows, in direction and, if it
+    tends to one, in size. For all, loss and gradient weight against the margin, the optimum over full tables beside
+    pi*, where a family with one mode puts its mass, and what was found wrong.
+
+    Args:
+        report: of :func:`exo_toy.lab.characterize`.
+        path: to write to; its suffix is the format.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a suffix that stands for no format.
+
+    Example:
+        >>> from exo_toy.losses import dpo_loss
+        >>> from exo_toy.lab import characterize
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loss_page(characterize(dpo_loss, settings={"beta": 0.5}), Path(folder) / "dpo.png").name
+        'dpo.png'
+    """
+    with mpl.rc_context({**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **RC}):
+        n_columns = 2 if report.alignment is None else 3
+        figure = Figure(figsize=(3.3 * n_columns, 5.6))
+        (*above, last), below = figure.subplots(2, n_columns)
+        if report.alignment is not None:
+            _draw_alignment(above[0], report.alignment)
+            _draw_bias(above[1], report.alignment)
+            _draw_curve(last, report.curve)
+        else:
+            _draw_curve(above[0], report.curve)
+            below = [last, *below]
+        _draw_optimum(below[0], report.optima[-1])
+        _draw_capacities(below[1], report.capacities)
+        _write_findings(below[2], report)
+        for ax in figure.axes:
+            ax.xaxis.label.set_fontsize(8)
+            ax.yaxis.label.set_fontsize(8)
+            ax.tick_params(labelsize=7)
+        equal = f", equal to {', '.join(report.equals)}" if report.equals else ""
+        title = f"{report.name}: a loss of kind '{report.kind}'{equal}"
+        figure.suptitle(textwrap.fill(title, 50 * n_columns), fontsize=9)
+        figure.savefig(path, metadata=METADATA.get(path.suffix.removeprefix(".")))
+    return path
+
+
+def _draw_alignment(ax: Axes, alignment: Any) -> None:
+    if alignment.target == "undefined":
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "the expected gradient is undefined:\nit has NaN", ha="center", fontsize=8)
+        return
+    for (name, cosines), (color, linestyle, marker) in zip(alignment.cosines.items(), SERIES, strict=True):
+        off = [max(1 - cosine, 1e-12) for cosine in cosines[:-1]]
+        ax.plot(alignment.candidates, off, color=color, linestyle=linestyle, marker=marker, markersize=3, label=name)
+    _candidates_axis(ax, alignment)
+    ax.set_ylabel("1 - cosine with the gradient of")
+    target = "none of these" if alignment.target == "none" else alignment.target
+    ax.set_title(f"Expected gradient tends to: {target}", fontsize=8)
+    ax.legend(fontsize=6)
+
+
+def _draw_bias(ax: Axes, alignment: Any) -> None:
+    if not alignment.bias:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no bias: no divergence is known\nthat the gradient tends to", ha="center", fontsize=8)
+        return
+    sides = (("gradient, relative", alignment.bias), ("value (nats)", alignment.value_bias))
+    for (label, bias), (color, linestyle, marker) in zip(sides, SERIES, strict=False):
+        ax.plot(alignment.candidates, bias, color=color, linestyle=linestyle, marker=marker, markersize=3, label=label)
+    _candidates_axis(ax, alignment)
+    ax.set_ylabel("largest over four policies")
+    ax.set_title(f"Bias of the expected loss, which tends to {alignment.scale:.3g} times that", fontsize=8)
+    ax.legend(fontsize=6)
+
+
+def _candidates_axis(ax: Axes, alignment: Any) -> None:
+    ax.set(xscale="log", yscale="log", xlabel="candidates $K$")
+    ax.set_xticks(alignment.candidates, [str(k) for k in alignment.candidates])
+    ax.minorticks_off()
+    # Whole decades, so that there are ticks.
+    low, high = (math.log10(limit) for limit in ax.get_ylim())
+    ax.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
+
+
+def _draw_curve(ax: Axes, curve: Any) -> None:
+    sides = (("loss (nats)", curve.losses), ("minus its derivative", curve.weight))
+    for (label, values), (color, linestyle, _) in zip(sides, SERIES, strict=False):
+        ax.plot(curve.margin.numpy(), values.numpy(), color=color, linestyle=linestyle, label=label)
+    if max(float(values.abs().max()) for _, values in sides) > LINEAR:
+        ax.set_yscale("symlog", linthresh=1.0)
+    ax.set_xlabel(r"margin $\beta\Delta$ of a pair (nats), the first preferred")
+    ax.set_title("Loss of a pair and gradient weight", fontsize=8)
+    ax.legend(fontsize=6)
+
+
+def _draw_optimum(ax: Axes, optimum: Any) -> None:
+    places = np.arange(len(optimum.log_pi))
+    reached = "where the loss leads to" if optimum.verdict == "unbounded" else "minimiser of the loss"
+    for shift, log_p, label, name in (
+        (-0.2, optimum.log_pi_star, r"optimal policy $\pi^*_\beta$", "optimal"),
+        (0.2, optimum.log_pi, reached, "policy"),
+    ):
+        ax.bar(places + shift, log_p.exp().numpy(), 0.4, color=LOOKS[name][1], label=label)
+    ax.set(xlabel="completion", ylabel="probability", xticks=places)
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
+    ax.set_title(f"Optimum over full tables, K = {optimum.k}: {optimum.verdict}", fontsize=8)
+    ax.legend(fontsize=6, loc="upper left")
+
+
+def _draw_capacities(ax: Axes, capacities: Any) -> None:
+    places = np.arange(3)
+    width = 0.8 / len(capacities)
+    for i, (found, (color, _, _)) in enumerate(zip(capacities, SERIES, strict=False)):
+        ax.bar(
+            places + (i - (len(capacities) - 1) / 2) * width, found.masses, width, color=color, label=f"K = {found.k}"
+        )
+    ax.set_xticks(places, ["first mode", "between", "second mode"])
+    ax.set(ylabel="probability", ylim=(0, 1.15))
+    ax.set_title("Two modes, a family that holds one", fontsize=8)
+    ax.legend(fontsize=6, loc="upper left")
+
+
+def _write_findings(ax: Axes, report: LossReport) -> None:
+    ax.set_axis_off()
+    found = [
+        f"• {finding.code}: {finding.text}" + (f", at {finding.example}" if finding.example else "")
+        for finding in report.findings
+    ]
+    left = [f"and {len(found) - MOST_FINDINGS} more"] if len(found) > MOST_FINDINGS else []
+    paragraphs = ["Found wrong:" if found else "Nothing found wrong.", *found[:MOST_FINDINGS], *left, ""]
+    for head, wanted in (("Unchanged by:", True), ("Changed by:", False)):
+        what = [what for what, unchanged in report.unchanged_by.items() if unchanged is wanted]
+        paragraphs += [head, *(f"• {each}" for each in what)] if what else []
+    lines = [textwrap.fill(text, WIDTH, subsequent_indent="   ", max_lines=4, placeholder=" …") for text in paragraphs]
+    # No mathematics: a dollar sign would begin some.
+    ax.text(0.0, 1.0, "\n".join(lines).replace("$", r"\$"), transform=ax.transAxes, va="top", fontsize=6.5)
