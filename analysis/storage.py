@@ -41,6 +41,7 @@ EXPERIMENTS = (
     "kl_estimators",
     "expressivity",
     "alpha_divergences",
+    "real_lengths",
 )
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "analysis" / "results"
