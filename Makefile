@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: install test test-slow test-hf reproduce reproduce-quick reproduce-full bench wheel clean
+.PHONY: install test test-slow test-hf test-parity reproduce reproduce-quick reproduce-full bench wheel clean
 
 install: $(INSTALLED)
 
@@ -24,16 +24,21 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf --ignore=tests/parity
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow --ignore=tests/hf
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf
+	$(BIN)/pytest -m slow --ignore=tests/hf --ignore=tests/parity
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf --ignore=tests/parity
 
 # The integrations, with the extra that they need. Nothing is looked up on a hub.
 test-hf: $(INSTALLED)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]'
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile tests/hf
+
+# The losses against those of TRL's trainer; nothing is looked up on a hub.
+test-parity: $(INSTALLED)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]'
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest tests/parity
 
 reproduce: $(INSTALLED)
 	$(BIN)/exo-toy reproduce
@@ -50,6 +55,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.finite_k
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.trainer
+	$(BIN)/python -m benchmarks.automata
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation --wheel

@@ -27,6 +27,7 @@ def found():
     return ablations.run(TINY).numbers
 
 
+@pytest.mark.slow
 def test_each_axis_holds_the_methods_that_it_concerns_and_their_differences(found):
     for axis, (values, methods) in ablations.axes(TINY).items():
         assert list(found["axes"][axis]) == [f"{value:g}" for value in values]
@@ -35,6 +36,7 @@ def test_each_axis_holds_the_methods_that_it_concerns_and_their_differences(foun
             assert set(entry["differences"]) == {f"{a} - {b}" for a, b in COMPARED if a in methods or b in methods}
 
 
+@pytest.mark.slow
 def test_unchanged_values_are_the_unchanged_setting(found):
     base = found["base"]["methods"]
     unchanged = {"k": "4", "completions": "32", "hard_labels": "0"}
@@ -44,6 +46,7 @@ def test_unchanged_values_are_the_unchanged_setting(found):
     assert found["axes"]["k"]["2"]["methods"]["exo_rw"] != base["exo_rw"]
 
 
+@pytest.mark.slow
 def test_measures_are_those_of_the_runs(found):
     setting = setting_of(TINY, checkpoints=1, policy="kgram", size=1, rate=TINY.table_rate)
     for method, given in (("ppo", "model"), ("dpo_pref", "oracle")):
@@ -55,6 +58,7 @@ def test_measures_are_those_of_the_runs(found):
         assert entry["below_frontier"]["mean"] == pytest.approx(np.mean([run["below_frontier"] for run in runs]))
 
 
+@pytest.mark.slow
 def test_differences_are_paired_by_seed(found):
     """The mean of a difference is the difference of means; its interval is not that of the means."""
     entry = found["axes"]["completions"]["64"]
@@ -94,6 +98,7 @@ def test_expected_losses_by_loops():
         assert value == pytest.approx(expected[method], rel=1e-12), method
 
 
+@pytest.mark.slow
 def test_all_but_one_meet_at_the_optimal_policy_of_their_reward(found):
     """With the full table; not with less, and EXO-pref not even then."""
     for method in METHODS:

@@ -88,7 +88,7 @@ def checkout(tmp_path) -> Path:
         "analysis/claims": ("__init__", "base"),
         "figures": ("__init__", "style"),
         "exo_toy": ("__init__",),
-        "exo_toy/cli": ("__init__", "__main__", "base", "audit", "experiments", "lm"),
+        "exo_toy/cli": ("__init__", "__main__", "base", "audit", "experiments", "lab", "lm", "text"),
     }.items():
         (root / folder).mkdir(parents=True)
         for file in files:
@@ -173,7 +173,7 @@ def test_reproduce_draws_and_writes_the_report(checkout):
     assert not list(checkout.rglob("*.part"))
 
 
-@pytest.mark.parametrize("backend", ["loky", "dask"])
+@pytest.mark.parametrize("backend", ["loky", pytest.param("dask", marks=pytest.mark.slow)])
 def test_an_interrupted_run_resumes_and_repeats_nothing(checkout, backend):
     if backend == "dask":
         pytest.importorskip("distributed", reason="the extra dask is not installed")

@@ -28,9 +28,9 @@ FLOORS = {
         "objectives",
         "preferences",
     },
-    4: {"plots", "theorems", "training"},
-    5: {"audit", "integrations", "lab", "testing"},
-    6: {"cli"},
+    4: {"candidates", "plots", "theorems", "training"},
+    5: {"audit", "integrations", "lab", "text"},
+    6: {"cli", "testing"},
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 DEPENDENCIES = {"jaxtyping", "numpy", "scipy", "torch"}

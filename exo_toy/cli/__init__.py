@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import exo_toy
-from exo_toy.cli import audit, experiments, lm
+from exo_toy.cli import audit, experiments, lab, lm, text
 from exo_toy.cli.base import Missing
 
-COMMANDS = (experiments, audit, lm)
+COMMANDS = (experiments, audit, lab, text, lm)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Settings of :class:`~exo_toy.integrations.trainer.CandidateTrainer`."""
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +11,26 @@ from transformers import TrainingArguments
 
 from exo_toy import checks, losses
 
-# Called with log ratios and rewards [B, K], and mask= and log_weights=.
-LOSSES_ON_REWARDS: Mapping[str, Callable[..., Any]] = {
-    "exo_rw": losses.exo_rw_loss,
-    "dpo_rw": losses.dpo_rw_loss,
-    "alpha_rw": losses.alpha_rw_loss,
-}
+
+def _named(kind: str) -> dict[str, Callable[..., Any]]:
+    """The losses of a kind; functions among their settings, which no command line could give, are filled in."""
+    found = {}
+    for name, record in losses.LOSSES.items():
+        if record.kind == kind:
+            filled = {key: value for key, value in record.settings.items() if callable(value)}
+            found[name] = functools.partial(record.function, **filled) if filled else record.function
+    return found
+
+
+# Called with log ratios and rewards [B, K], and mask= and, where the loss knows proposals, log_weights=.
+LOSSES_ON_REWARDS = _named("list")
 # Called with log-probabilities [B]: of policy and reference, each of chosen and rejected.
-LOSSES_ON_PAIRS: Mapping[str, Callable[..., Any]] = {"exo_pref": losses.exo_pref_loss, "dpo": losses.dpo_loss}
+LOSSES_ON_PAIRS = _named("pair")
 LOSSES = (*LOSSES_ON_REWARDS, *LOSSES_ON_PAIRS)
+# Whose candidates may come from another proposal than the reference.
+LOSSES_ON_PROPOSALS = tuple(
+    name for name, loss in LOSSES_ON_REWARDS.items() if "log_weights" in inspect.signature(loss).parameters
+)
 FROM_THE_BATCH = ("mask", "log_weights")
 
 
@@ -35,13 +47,14 @@ class CandidateConfig(TrainingArguments):
     on pairs. With rewards the policy tends to :math:`\pi^*_\beta` with :math:`\beta = \beta_r \beta_\pi`.
 
     Attributes:
-        loss: "exo_rw", "dpo_rw" or "alpha_rw" for candidates with rewards, "exo_pref" or "dpo" for chosen and
-            rejected. A callable given to the trainer takes its place.
+        loss: for candidates with rewards "exo_rw", "dpo_rw", "alpha_rw" or another "list" of
+            :data:`exo_toy.losses.LOSSES`; for chosen and rejected "exo_pref", "dpo" or another "pair" of it. A callable
+            given to the trainer takes its place.
         beta_r: reward temperature, above 0; divides the reward.
         beta_pi: policy temperature, above 0; multiplies the log ratio of policy and reference.
         beta: of the losses on pairs, above 0; multiplies the log ratio.
-        label_smoothing: of the losses on pairs: the probability that a label is wrong, in (0, 1/2) for "exo_pref"
-            (1e-3 where not given), in [0, 1/2) for "dpo" (0 where not given).
+        label_smoothing: of losses on pairs that have it: the probability that a label is wrong, in (0, 1/2) for
+            "exo_pref" (1e-3 where not given), in [0, 1/2) for "dpo" (0 where not given).
         loss_kwargs: further keyword arguments of the loss by name, such as "alpha" of "alpha_rw"; on a command line,
             JSON.
         temperature: at which the candidates were sampled; divides the logits of policy and reference.

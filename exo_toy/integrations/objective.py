@@ -6,7 +6,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from exo_toy.integrations.config import LOSSES_ON_PAIRS, LOSSES_ON_REWARDS, CandidateConfig, loss_settings
+from exo_toy.integrations.config import (
+    LOSSES_ON_PAIRS,
+    LOSSES_ON_PROPOSALS,
+    LOSSES_ON_REWARDS,
+    CandidateConfig,
+    loss_settings,
+)
 
 Loss = Callable[..., Tensor]
 
@@ -44,9 +50,9 @@ def candidate_losses(
             raise ValueError(f"loss must return a tensor [B], one loss per prompt, [{len(rewards)}]; got {got}")
         return result
     settings = loss_settings(config)
+    if weights and config.loss not in LOSSES_ON_PROPOSALS:
+        raise ValueError(f"log_weights must be absent for loss={config.loss!r}, which knows no proposal; got them")
     if config.loss in LOSSES_ON_REWARDS:
         return LOSSES_ON_REWARDS[config.loss](policy_logps - ref_logps, rewards, mask=mask, **settings, **weights)
-    if weights:
-        raise ValueError(f"log_weights must be absent for loss={config.loss!r}, which knows no proposal; got them")
     pair = (policy_logps[:, 0], policy_logps[:, 1], ref_logps[:, 0], ref_logps[:, 1])
     return LOSSES_ON_PAIRS[config.loss](*pair, **settings).losses

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exo_toy import checks
 from exo_toy.integrations.candidates import Report
-from exo_toy.integrations.config import LOSSES_ON_REWARDS, CandidateConfig, option
+from exo_toy.integrations.config import LOSSES_ON_PROPOSALS, CandidateConfig, option
 from exo_toy.integrations.policy import check_positions
 from exo_toy.integrations.reference import reference_logps, reference_policy
 from exo_toy.integrations.rows import Rows, WeightedCollator, rows_by_index
@@ -72,9 +72,9 @@ class OnlineConfig(CandidateConfig):
             raise ValueError(
                 f"num_candidates must be even where half come from the reference; got {self.num_candidates}"
             )
-        if self.loss not in LOSSES_ON_REWARDS:
-            allowed = " or ".join(LOSSES_ON_REWARDS)
-            raise ValueError(f"loss must be {allowed}: sampled candidates have rewards; got {self.loss!r}")
+        if self.loss not in LOSSES_ON_PROPOSALS:
+            allowed = ", ".join(LOSSES_ON_PROPOSALS)
+            raise ValueError(f"loss must be one of {allowed}, which know proposals; got {self.loss!r}")
         if self.max_completion_length is not None:
             raise ValueError(
                 "max_completion_length must be None: max_new_tokens is the length of sampled completions; "

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from exo_toy.integrations.config import (
@@ -13,6 +14,8 @@ from exo_toy.integrations.config import (
     check_metric_temperatures,
     loss_settings,
 )
+from exo_toy.integrations.objective import candidate_losses
+from exo_toy.losses import LOSSES as RECORDS
 
 CPU = {"use_cpu": True, "report_to": "none"}
 
@@ -44,7 +47,7 @@ def test_a_command_line_and_a_dictionary_give_every_setting():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"loss": "exo"}, "loss must be one of exo_rw, dpo_rw, alpha_rw, exo_pref, dpo; got 'exo'"),
+        ({"loss": "exo"}, "loss must be one of exo_rw, dpo_rw, alpha_rw, .*, dpo, .*; got 'exo'"),
         ({"padding_side": "middle"}, "padding_side must be one of right, left; got 'middle'"),
         ({"kernel": "fast"}, "kernel must be one of auto, linear, selective; got 'fast'"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0"),
@@ -64,24 +67,51 @@ def test_a_bad_setting_is_named(given, message):
         config(**given)
 
 
-# A valid setting of each loss.
-WHOLE = {loss: {"beta": 0.1} if loss in LOSSES_ON_PAIRS else {"beta_r": 0.1, "beta_pi": 0.2} for loss in LOSSES}
-WHOLE["alpha_rw"]["loss_kwargs"] = {"alpha": 0.5}
+FIELDS = ("beta", "beta_r", "beta_pi", "label_smoothing")
+
+
+def whole(loss):
+    """A valid setting of a loss: those of the table, which no default fills, and no functions."""
+    record = RECORDS[loss]
+    plain = {name: value for name, value in record.settings.items() if not callable(value)}
+    named = {name: plain.pop(name) for name in FIELDS if name in plain}
+    return {**named, **({"loss_kwargs": plain} if plain else {})}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_needs_its_settings_and_no_others(loss):
-    whole = WHOLE[loss]
-    check_loss(config(loss=loss, **whole))
-    for name in whole:
-        with pytest.raises(ValueError, match=rf"must be given( in loss_kwargs)? for loss='{loss}'"):
-            check_loss(config(loss=loss, **{**whole, name: None}))
-    idle = {"beta", "beta_r", "beta_pi"} - whole.keys() | (set() if loss in LOSSES_ON_PAIRS else {"label_smoothing"})
-    for name in idle:
+    given = whole(loss)
+    check_loss(config(loss=loss, **given))
+    temperatures = ["beta"] if loss in LOSSES_ON_PAIRS else ["beta_r", "beta_pi"]
+    for name in temperatures:
+        with pytest.raises(ValueError, match=f"{name} must be given for loss='{loss}'"):
+            check_loss(config(loss=loss, **{**given, name: None}))
+    for name in {"beta", "beta_r", "beta_pi"} - {*temperatures}:
         with pytest.raises(ValueError, match=f"{name} must be None for loss='{loss}', which takes "):
-            check_loss(config(loss=loss, **whole, **{name: 0.1}))
-    with pytest.raises(ValueError, match=f"gamma must be None for loss='{loss}'"):
-        check_loss(config(loss=loss, **{**whole, "loss_kwargs": {**whole.get("loss_kwargs", {}), "gamma": 1}}))
+            check_loss(config(loss=loss, **given, **{name: 0.1}))
+    with pytest.raises(ValueError, match=f"nonsense must be None for loss='{loss}'"):
+        check_loss(config(loss=loss, **{**given, "loss_kwargs": {**given.get("loss_kwargs", {}), "nonsense": 1}}))
+
+
+def test_arguments_without_a_field_are_named():
+    with pytest.raises(ValueError, match="alpha must be given in loss_kwargs for loss='alpha_rw'"):
+        check_loss(config(loss="alpha_rw", beta_r=0.1, beta_pi=0.1))
+    with pytest.raises(ValueError, match="label_smoothing must be None for loss='ipo'"):
+        check_loss(config(loss="ipo", beta=0.1, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_is_that_of_the_library(loss):
+    draw = torch.Generator().manual_seed(0)
+    policy, ref, rewards = (torch.randn(3, 2, dtype=torch.float64, generator=draw) for _ in range(3))
+    batch = {"rewards": rewards, "candidate_mask": torch.ones(3, 2, dtype=torch.bool)}
+    found = candidate_losses(policy, ref, batch, config(loss=loss, **whole(loss)))
+    record = RECORDS[loss]
+    if loss in LOSSES_ON_PAIRS:
+        wanted = record.function(*policy.T, *ref.T, **record.settings).losses
+    else:
+        wanted = record.function(policy - ref, rewards, **record.settings)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.unchecked

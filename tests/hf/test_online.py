@@ -295,7 +295,7 @@ def test_an_evaluation_has_candidates_of_its_own(llama, tokenizer, tmp_path):
         ({"num_candidates": 3, "half_reference": True}, "num_candidates must be even"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1"),
         ({"sampling_batch_size": 0}, "sampling_batch_size must be an integer of at least 1"),
-        ({"loss": "dpo"}, "loss must be exo_rw or dpo_rw"),
+        ({"loss": "dpo"}, "loss must be one of exo_rw, dpo_rw, .*, which know proposals"),
         ({"max_completion_length": 5}, "max_completion_length must be None"),
         ({"ref_cache": "cache"}, "ref_cache must be None"),
         ({"beta_r": None}, "beta_r must be given"),

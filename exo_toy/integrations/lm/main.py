@@ -14,6 +14,7 @@ from exo_toy.integrations.lm.records import LmError
 
 # Seconds that an interrupted section has to come to its end.
 GRACE = 10.0
+INTERRUPTED = 130
 # Of each stage: its function and the dataclasses of its settings, in the order of the function's arguments.
 STAGES: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
     "sft": (stages.sft, (settings.TrainSettings, SFTConfig, ModelConfig)),
@@ -84,10 +85,12 @@ def _exit_code(process: "subprocess.Popen[bytes]") -> int:
         return process.wait()
     except KeyboardInterrupt:
         try:
-            return process.wait(timeout=GRACE)
+            process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
-            return process.wait()
+            process.wait()
+        # Whatever became of the section, the sections after it are not wanted.
+        return INTERRUPTED
 
 
 def _section(own: Any, stage: str) -> dict[str, Any]:
