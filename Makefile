@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What needs the extra hf, and only make test-hf and make test-parity run.
+NEED_HF := tests/hf tests/parity exo_toy/integrations
 
 .DELETE_ON_ERROR:
 .PHONY: install test test-slow test-hf test-parity reproduce reproduce-quick reproduce-full bench wheel clean
@@ -24,16 +26,16 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf --ignore=tests/parity
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" $(NEED_HF:%=--ignore=%)
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow --ignore=tests/hf --ignore=tests/parity
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow" --ignore=tests/hf --ignore=tests/parity
+	$(BIN)/pytest -m slow $(NEED_HF:%=--ignore=%)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n auto --dist worksteal -m "not slow" $(NEED_HF:%=--ignore=%)
 
 # The integrations, with the extra that they need. Nothing is looked up on a hub.
 test-hf: $(INSTALLED)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]'
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile tests/hf
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile tests/hf exo_toy/integrations
 
 # The losses against those of TRL's trainer; nothing is looked up on a hub.
 test-parity: $(INSTALLED)
