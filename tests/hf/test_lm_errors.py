@@ -335,7 +335,7 @@ def test_lines_are_there_whole_or_not_at_all(tmp_path):
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["out.json", "out.json.settings.json"]
 
 
-SECTION = "import sys, time\nprint('up', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: pass"
+SECTION = "import time\ntry: print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: pass"
 WAITING = f"""
 import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background of a shell
