@@ -51,6 +51,16 @@ class Shape:
     prompt: int
     completion: int
 
+    @property
+    def short(self) -> int:
+        """Tokens of the shorter completion, so that there is padding."""
+        return self.completion * 3 // 4
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch, padding left out."""
+        return self.pairs * (2 * self.prompt + self.completion + self.short)
+
     def __str__(self) -> str:
         return (
             f"{self.layers} layers of width {self.width}, V={self.vocab_size}, "
@@ -96,14 +106,14 @@ def tokenizer_of_bytes() -> Any:
 
 
 def texts(shape: Shape, steps: int) -> list[dict[str, str]]:
-    """Pairs; completions are of two lengths, so that there is padding."""
+    """Pairs; completions are of two lengths."""
     draw = random.Random(0)
 
     def text(length: int) -> str:
         return "".join(draw.choices(string.ascii_letters, k=length))
 
     # One token less: the end-of-sequence token is added.
-    lengths = (shape.completion - 1, shape.completion * 3 // 4 - 1)
+    lengths = (shape.completion - 1, shape.short - 1)
     return [
         {"prompt": text(shape.prompt), "chosen": text(lengths[i % 2]), "rejected": text(lengths[(i + 1) % 2])}
         for i in range(shape.pairs * steps)
@@ -171,9 +181,7 @@ def measure(method: str, shape: Shape, device: str, steps: int, warmups: int) ->
         trainer.train()
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
     seconds = [end - start for start, end in zip(ends[warmups - 1 :], ends[warmups:], strict=False)]
-    # Of a pair: two prompts, a long and a short completion.
-    tokens = shape.pairs * (2 * shape.prompt + shape.completion + shape.completion * 3 // 4)
-    return {"seconds": statistics.median(seconds), "tokens": tokens, "memory": peak - before}
+    return {"seconds": statistics.median(seconds), "tokens": shape.tokens, "memory": peak - before}
 
 
 def resident() -> int:
@@ -203,8 +211,7 @@ def floor_seconds(shape: Shape, device: str) -> float:
     with torch.device("meta"):
         parameters = dict(model_of(shape, dtype).named_parameters())
     multiplying = sum(weight.numel() for name, weight in parameters.items() if "embed" not in name)
-    tokens = shape.pairs * (2 * shape.prompt + shape.completion + shape.completion * 3 // 4)
-    return 8 * multiplying * tokens / per_second
+    return 8 * multiplying * shape.tokens / per_second
 
 
 def in_a_process(method: str, options: argparse.Namespace) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -98,13 +99,29 @@ def density_ratios(
     panels = list(_panels(tables, beta))
     if not panels:
         return []
-    settings = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **RC}
-    with mpl.rc_context(settings):
-        figure = _draw(panels)
-        paths = []
-        for suffix, metadata in METADATA.items():
-            paths.append(folder / f"density_ratio.{suffix}")
-            figure.savefig(paths[-1], metadata=metadata)
+    with theme():
+        return save(_draw(panels), folder / "density_ratio")
+
+
+def theme() -> AbstractContextManager[None]:
+    """The settings of all these pictures, inside the block."""
+    return mpl.rc_context({**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **RC})
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure in each format, the same bytes for the same figure.
+
+    Args:
+        figure: drawn within :func:`theme`.
+        stem: path without a suffix.
+
+    Returns:
+        The files written.
+    """
+    paths = []
+    for suffix, metadata in METADATA.items():
+        paths.append(stem.with_name(f"{stem.name}.{suffix}"))
+        figure.savefig(paths[-1], metadata=metadata)
     return paths
 
 
@@ -264,7 +281,7 @@ def loss_page(report: LossReport, path: Path) -> Path:
         ...     loss_page(characterize(dpo_loss, settings={"beta": 0.5}), Path(folder) / "dpo.png").name
         'dpo.png'
     """
-    with mpl.rc_context({**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **RC}):
+    with theme():
         n_columns = 2 if report.alignment is None else 3
         figure = Figure(figsize=(3.3 * n_columns, 5.6))
         (*above, last), below = figure.subplots(2, n_columns)

@@ -284,7 +284,7 @@ def precompute(
     if not (folder / HEADER).exists():
         folder.mkdir(parents=True, exist_ok=True)
         header = json.dumps(identity).encode()
-        _write(folder / HEADER, lambda file: file.write(header))
+        write_whole(folder / HEADER, lambda file: file.write(header))
     cache = ReferenceCache(folder, **identity)
 
     rows = range(shard, len(dataset), num_shards)
@@ -338,11 +338,16 @@ def _save(folder: Path, logps: dict[bytes, float]) -> None:
     keys = np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(-1, 32)
     name = hashlib.sha256(keys.tobytes()).hexdigest()[:16]
     values = np.asarray(list(logps.values()), dtype=np.float64)
-    _write(folder / f"part-{name}.npz", lambda file: np.savez(file, keys=keys, logps=values))
+    write_whole(folder / f"part-{name}.npz", lambda file: np.savez(file, keys=keys, logps=values))
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """A file that appears whole or not at all."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file that appears whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        write: what fills it.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("wb") as file:

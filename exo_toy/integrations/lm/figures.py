@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
@@ -27,8 +26,7 @@ def frontier(entries: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    settings = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), **plots.RC}
-    with mpl.rc_context(settings):
+    with plots.theme():
         figure = Figure(figsize=(5.0, 3.0))
         ax = figure.subplots()
         # Darker from one checkpoint to the next, which grey shows as well; names beside points would cover others.
@@ -48,7 +46,7 @@ def frontier(entries: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=6)
         ax.set(xlabel=r"KL($\pi_\theta\Vert\pi_\mathrm{ref}$) in nats", ylabel="mean reward")
         figure.supxlabel(NOTE, fontsize=6, x=0.01, ha="left")
-        return _saved(figure, folder / "frontier")
+        return plots.save(figure, folder / "frontier")
 
 
 def density_ratios(candidates: Sequence[Row], *, beta: float, folder: Path) -> list[Path]:
@@ -75,11 +73,3 @@ def _bars(measure: dict[str, Any]) -> list[list[float]] | None:
     if measure["low"] is None:
         return None
     return [[max(0.0, measure["mean"] - measure["low"])], [max(0.0, measure["high"] - measure["mean"])]]
-
-
-def _saved(figure: Figure, stem: Path) -> list[Path]:
-    paths = []
-    for suffix, metadata in plots.METADATA.items():
-        paths.append(stem.with_suffix(f".{suffix}"))
-        figure.savefig(paths[-1], metadata=metadata)
-    return paths

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from exo_toy.integrations import reference
 
 Row = dict[str, Any]
 # Begins the names of settings that are digests.
@@ -95,25 +97,20 @@ def digest(path: str | os.PathLike[str]) -> str:
         raise LmError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def write_whole(path: Path, text: str | Iterable[str]) -> None:
+def write_whole(path: Path, text: str) -> None:
     """A file that appears whole or not at all.
 
     Args:
         path: of the file; one that is there is replaced.
-        text: what it holds, possibly in parts.
+        text: what it holds.
 
     Raises:
         LmError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-        part.replace(path)
+        reference.write_whole(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise LmError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def require_same(what: str, was: Mapping[str, Any], asked: Mapping[str, Any], remedy: str) -> None:
