@@ -390,7 +390,7 @@ def peak_bytes(config: Config, vocab_size: int, k: int, *, head: str, method: st
 
 
 def extra_bytes(function: Callable[[], Any], device: str) -> int:
-    """The most memory that a call holds beyond what was there before it."""
+    """The most memory that a call holds beyond what was there before it; on a CPU in pages that were not there."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
