@@ -21,7 +21,7 @@ class Candidates:
 
     Attributes:
         prompt_ids: tokens of the prompt, at least one.
-        completion_ids: K lists of tokens, at least one token each; K is at least 2.
+        completion_ids: K lists of tokens, at least one token each; K is at least 2, for losses on single completions 1.
         rewards: K finite numbers; [1, 0] for (chosen, rejected).
         preference: whether the row was a pair of chosen and rejected.
     """
@@ -63,6 +63,7 @@ def tokenize_row(
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
     index: int | None = None,
+    single: bool = False,
 ) -> Candidates:
     """Token ids of a row's prompt and candidates.
 
@@ -80,6 +81,7 @@ def tokenize_row(
         max_prompt_length: tokens of the prompt to keep, at least 1; None for all.
         max_completion_length: tokens of each completion to keep, at least 1; None for all.
         index: of the row, for error messages.
+        single: whether one completion is enough.
 
     Returns:
         The row as token ids.
@@ -108,7 +110,7 @@ def tokenize_row(
         raise ValueError("tokenizer must have an end-of-sequence token; got eos_token_id None")
     where = "row" if index is None else f"row {index}"
 
-    prompt, completions, rewards, preference = _columns(row, where)
+    prompt, completions, rewards, preference = _columns(row, where, 1 if single else 2)
     prompt_ids, completion_ids = token_ids(prompt, completions, tokenizer, where)
     if max_prompt_length is not None:
         prompt_ids = prompt_ids[-max_prompt_length:]
@@ -123,6 +125,7 @@ def check_dataset(
     *,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    single: bool = False,
 ) -> Report:
     """What a pass over a dataset finds: an error for a bad row, a count of those that teach nothing.
 
@@ -131,6 +134,7 @@ def check_dataset(
         tokenizer: as in :func:`tokenize_row`.
         max_prompt_length: as in :func:`tokenize_row`.
         max_completion_length: as in :func:`tokenize_row`.
+        single: for losses on single completions: as in :func:`tokenize_row`, and no row is left out.
 
     Returns:
         The counts. Rows whose candidates are the same tokens (after truncation) are left out of ``kept``: no loss on
@@ -156,9 +160,10 @@ def check_dataset(
                 max_prompt_length=max_prompt_length,
                 max_completion_length=max_completion_length,
                 index=index,
+                single=single,
             )
         )
-        if all(ids == candidates.completion_ids[0] for ids in candidates.completion_ids):
+        if not single and all(ids == candidates.completion_ids[0] for ids in candidates.completion_ids):
             same += 1
             continue
         kept.append(index)
@@ -269,7 +274,7 @@ def _error(where: str, column: str, allowed: str, got: str) -> ValueError:
     return ValueError(f'{where}, column "{column}": must {allowed}; got {got}')
 
 
-def _columns(row: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any], list[float], bool]:
+def _columns(row: Mapping[str, Any], where: str, least: int) -> tuple[Any, dict[str, Any], list[float], bool]:
     """Prompt, completions by where they stand, rewards, and whether they came as chosen and rejected."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: must be a mapping with columns; got {_abridged(row)}")
@@ -286,8 +291,9 @@ def _columns(row: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any], l
 
     completions = _list(row["completions"], "completions", where)
     rewards = _list(row["rewards"], "rewards", where)
-    if len(completions) < 2:
-        raise _error(where, "completions", "hold at least 2 completions", str(len(completions)))
+    if len(completions) < least:
+        plural = "s" if least > 1 else ""
+        raise _error(where, "completions", f"hold at least {least} completion{plural}", str(len(completions)))
     if len(rewards) != len(completions):
         raise _error(where, "rewards", f"hold one number per completion, {len(completions)}", str(len(rewards)))
     for k, reward in enumerate(rewards):

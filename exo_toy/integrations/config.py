@@ -6,32 +6,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from exo_toy import checks, losses
 
 
-def _named(kind: str) -> dict[str, Callable[..., Any]]:
-    """The losses of a kind; functions among their settings, which no command line could give, are filled in."""
-    found = {}
-    for name, record in losses.LOSSES.items():
-        if record.kind == kind:
-            filled = {key: value for key, value in record.settings.items() if callable(value)}
-            found[name] = functools.partial(record.function, **filled) if filled else record.function
-    return found
+def _callable(record: losses.LossRecord) -> Callable[..., Any]:
+    """The loss; functions among its settings, which no command line could give, are filled in."""
+    filled = {name: value for name, value in record.settings.items() if callable(value)}
+    return functools.partial(record.function, **filled) if filled else record.function
 
 
-# Called with log ratios and rewards [B, K], and mask= and, where the loss knows proposals, log_weights=.
-LOSSES_ON_REWARDS = _named("list")
-# Called with log-probabilities [B]: of policy and reference, each of chosen and rejected.
-LOSSES_ON_PAIRS = _named("pair")
-LOSSES = (*LOSSES_ON_REWARDS, *LOSSES_ON_PAIRS)
+LOSSES = {name: _callable(record) for name, record in losses.LOSSES.items()}
+# By the columns of their data: chosen and rejected; completions and rewards; either, with rewards of 1 and 0.
+LOSSES_ON_PAIRS = tuple(
+    name for name, record in losses.LOSSES.items() if record.kind in ("pair", "batch", "reference-free")
+)
+LOSSES_ON_FEEDBACK = tuple(name for name, loss in LOSSES.items() if "desirable" in inspect.signature(loss).parameters)
+LOSSES_ON_REWARDS = tuple(name for name in LOSSES if name not in LOSSES_ON_PAIRS + LOSSES_ON_FEEDBACK)
 # Whose candidates may come from another proposal than the reference.
 LOSSES_ON_PROPOSALS = tuple(
-    name for name, loss in LOSSES_ON_REWARDS.items() if "log_weights" in inspect.signature(loss).parameters
+    name for name, loss in LOSSES.items() if "log_weights" in inspect.signature(loss).parameters
 )
-FROM_THE_BATCH = ("mask", "log_weights")
+LOSSES_WITHOUT_REFERENCE = tuple(name for name, record in losses.LOSSES.items() if record.kind == "reference-free")
+# The argument that a step's prompts give where the settings do not.
+ANCHORS = {"kto": "reference_point", "bco": "delta", "bco_pair": "delta"}
+FROM_THE_BATCH = ("mask", "log_weights", "chosen_lengths")
 
 
 def option(default: Any, text: str) -> Any:
@@ -43,20 +43,20 @@ def option(default: Any, text: str) -> Any:
 class CandidateConfig(TrainingArguments):
     r"""Arguments of ``transformers.TrainingArguments``, and those of losses on candidates.
 
-    The temperatures have no default: ``beta_r`` and ``beta_pi`` must be given for a loss on rewards, ``beta`` for one
-    on pairs. With rewards the policy tends to :math:`\pi^*_\beta` with :math:`\beta = \beta_r \beta_\pi`.
+    The temperatures have no default: those of the loss must be given, ``beta_r`` and ``beta_pi`` for EXO-rw and its
+    like, ``beta`` for most others. With rewards the policy tends to :math:`\pi^*_\beta` with
+    :math:`\beta = \beta_r \beta_\pi`.
 
     Attributes:
-        loss: for candidates with rewards "exo_rw", "dpo_rw", "alpha_rw" or another "list" of
-            :data:`exo_toy.losses.LOSSES`; for chosen and rejected "exo_pref", "dpo" or another "pair" of it. A callable
-            given to the trainer takes its place.
+        loss: the name of any loss in :data:`exo_toy.losses.LOSSES`; a callable given to the trainer takes its place.
+            How each reads the data: :mod:`exo_toy.integrations.objective`.
         beta_r: reward temperature, above 0; divides the reward.
         beta_pi: policy temperature, above 0; multiplies the log ratio of policy and reference.
-        beta: of the losses on pairs, above 0; multiplies the log ratio.
+        beta: of the losses that have one temperature, above 0; multiplies the log ratio.
         label_smoothing: of losses on pairs that have it: the probability that a label is wrong, in (0, 1/2) for
             "exo_pref" (1e-3 where not given), in [0, 1/2) for "dpo" (0 where not given).
-        loss_kwargs: further keyword arguments of the loss by name, such as "alpha" of "alpha_rw"; on a command line,
-            JSON.
+        loss_kwargs: further keyword arguments of the loss by name, such as "alpha" of "alpha_rw" or "gamma" of
+            "simpo"; on a command line, JSON.
         temperature: at which the candidates were sampled; divides the logits of policy and reference.
         max_prompt_length: tokens of a prompt that are kept, its end; None for all.
         max_completion_length: tokens of a completion that are kept, its start; None for all.
@@ -85,9 +85,9 @@ class CandidateConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]  # noqa: RUF012 (as there)
 
     loss: str = option("exo_rw", f"one of {', '.join(LOSSES)}")
-    beta_r: float | None = option(None, "reward temperature, divides the reward (losses on rewards)")
-    beta_pi: float | None = option(None, "policy temperature, multiplies the log ratio (losses on rewards)")
-    beta: float | None = option(None, "multiplies the log ratio (losses on pairs)")
+    beta_r: float | None = option(None, "reward temperature, divides the reward (exo_rw and its like)")
+    beta_pi: float | None = option(None, "policy temperature, multiplies the log ratio (exo_rw and its like)")
+    beta: float | None = option(None, "multiplies the log ratio (losses with one temperature)")
     label_smoothing: float | None = option(None, "probability that a label is wrong (losses on pairs)")
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "further arguments of the loss, as JSON"}
@@ -108,7 +108,7 @@ class CandidateConfig(TrainingArguments):
     remove_unused_columns: bool = option(False, "must be False")
 
     def __post_init__(self) -> None:
-        check_choice("loss", self.loss, LOSSES)
+        check_choice("loss", self.loss, tuple(LOSSES))
         check_choice("padding_side", self.padding_side, ("right", "left"))
         check_choice("kernel", self.kernel, ("auto", "linear", "selective"))
         checks.require_positive(temperature=self.temperature)
@@ -140,21 +140,37 @@ def loss_settings(config: CandidateConfig) -> dict[str, Any]:
     return given | dict(config.loss_kwargs or {})  # type: ignore[arg-type]
 
 
+def columns_are_pairs(loss: str) -> bool | None:
+    """Whether a loss by name is for chosen and rejected (True), completions and rewards (False), or either (None).
+
+    Args:
+        loss: the name.
+    """
+    return None if loss in LOSSES_ON_FEEDBACK else loss in LOSSES_ON_PAIRS
+
+
+def is_anchored(config: CandidateConfig) -> bool:
+    """Whether the loss compares implicit rewards with a number that has to be estimated.
+
+    Args:
+        config: the settings.
+    """
+    return config.loss in ANCHORS and ANCHORS[config.loss] not in loss_settings(config)
+
+
 def check_loss(config: CandidateConfig) -> None:
-    """The settings that the named loss needs are there, none that it does not use, and it accepts their values.
+    """The settings that the named loss needs are there, and none that it does not use.
 
     Args:
         config: the settings.
 
     Raises:
-        ValueError: a setting is missing, has no effect, or is refused by the loss.
+        ValueError: a setting is missing, or has no effect.
     """
-    pairs = config.loss in LOSSES_ON_PAIRS
-    function = (LOSSES_ON_PAIRS if pairs else LOSSES_ON_REWARDS)[config.loss]
     given, loss = loss_settings(config), f"loss={config.loss!r}"
     taken = {
-        name: parameter.default is parameter.empty
-        for name, parameter in inspect.signature(function).parameters.items()
+        name: parameter.default is parameter.empty and ANCHORS.get(config.loss) != name
+        for name, parameter in inspect.signature(LOSSES[config.loss]).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in FROM_THE_BATCH
     }
     for name, needed in taken.items():
@@ -164,8 +180,30 @@ def check_loss(config: CandidateConfig) -> None:
     for name, value in given.items():
         if name not in taken:
             raise ValueError(f"{name} must be None for {loss}, which takes {', '.join(taken)}; got {value!r}")
-    # On made-up prompts, so that what the loss refuses is said before training.
-    function(*torch.zeros((4, 2) if pairs else (2, 1, 2)), **given)
+    if config.loss in LOSSES_WITHOUT_REFERENCE and (config.ref_cache is not None or config.precompute_ref):
+        raise ValueError(f"ref_cache must be None for {loss}, which knows no reference; got {config.ref_cache!r}")
+    if config.loss == "kto" and is_anchored(config) and config.ref_cache is not None:
+        raise ValueError(
+            "ref_cache must be None for loss='kto' unless loss_kwargs gives its reference_point, which is estimated "
+            f"from completions of other prompts, and the cache knows none of them; got {config.ref_cache!r}"
+        )
+
+
+def metric_temperatures(config: CandidateConfig) -> tuple[float, float]:
+    """Beta_pi of the candidate weights and beta of implicit rewards and of the optimal policy.
+
+    Args:
+        config: the settings, which are those of the loss.
+    """
+    given = loss_settings(config)
+    if "beta_pi" in given:
+        return given["beta_pi"], given["beta_pi"] * given["beta_r"]
+    if config.loss in LOSSES_ON_REWARDS:
+        # Losses without candidate weights: those of the policy itself.
+        beta = given.get("tau") or (1 / given["eta"] if "eta" in given else given["beta"])
+        return 1.0, beta / given.get("reward_scale", 1.0)
+    beta = given["odds_weight"] if config.loss == "orpo" else given["beta"]
+    return beta, beta
 
 
 def check_metric_temperatures(config: CandidateConfig, *, pairs: bool) -> None:

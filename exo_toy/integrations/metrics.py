@@ -76,15 +76,9 @@ def prompt_metrics(
 
     top = _extreme(rewards, mask, largest=True)
     bottom = _extreme(rewards, mask, largest=False)
-    chosen, rejected = beta * _mean(log_ratio, top), beta * _mean(log_ratio, bottom)
     ess = estimators.effective_sample_size(weights(beta_pi * log_ratio))
     metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).double(),
-        "logps/chosen": _mean(policy_logps, top),
-        "logps/rejected": _mean(policy_logps, bottom),
+        **_contrast(beta * log_ratio, policy_logps, top, bottom),
         "ess": ess / counts,
         "kl/ref": estimators.snis_kl(weights(log_ratio), weights(torch.zeros_like(log_ratio))).value,
     }
@@ -96,6 +90,59 @@ def prompt_metrics(
         metrics["top_reward_leads"] = (leaders & top).sum(-1) / leaders.sum(-1).double()
         metrics[SPARE] = torch.where(counts > 1, (ess - 1) / (counts - 1).clamp(min=1), 1.0)
     return metrics
+
+
+def pair_metrics(implicit: Float[Tensor, "B 2"], policy_logps: Float[Tensor, "B 2"]) -> dict[str, Tensor]:
+    """The numbers of :func:`prompt_metrics` that need no reference: those of ``rewards/`` and ``logps/``.
+
+    Args:
+        implicit: [B, 2] implicit rewards of chosen and rejected.
+        policy_logps: [B, 2] log-probabilities under the policy, in nats.
+
+    Returns:
+        float64 [B] by name, detached.
+
+    Example:
+        >>> pair_metrics(torch.tensor([[2.0, 1.0]]), torch.tensor([[-1.0, -2.0]]))["rewards/margins"].item()
+        1.0
+    """
+    checks.require_shape("B K", implicit=implicit, policy_logps=policy_logps)
+    first = torch.tensor([True, False], device=implicit.device).expand(implicit.shape)
+    return _contrast(implicit.detach().double(), policy_logps.detach().double(), first, ~first)
+
+
+def label_metrics(
+    implicit: Float[Tensor, "B K"],
+    policy_logps: Float[Tensor, "B K"],
+    desirable: Bool[Tensor, "B K"],
+    mask: Bool[Tensor, "B K"],
+) -> dict[str, Tensor]:
+    """Implicit rewards and log-probabilities of desirable completions and of the others, each averaged by itself.
+
+    Args:
+        implicit: [B, K] implicit rewards.
+        policy_logps: [B, K] log-probabilities under the policy, in nats.
+        desirable: [B, K] bool.
+        mask: [B, K] bool, True for the completions that there are.
+
+    Returns:
+        ``rewards/chosen``, ``rewards/rejected``, ``logps/chosen`` and ``logps/rejected``: float64 [B, 2], detached, sum
+        and number, as :class:`RunningMeans` takes them: a prompt may have several of one label and none of the other.
+
+    Example:
+        >>> implicit, mask = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> label_metrics(implicit, implicit, mask, mask)["rewards/chosen"].tolist()
+        [[4.0, 2.0]]
+    """
+    checks.require_mask(mask=mask, desirable=desirable)
+    checks.require_shape("B K", implicit=implicit, policy_logps=policy_logps, desirable=desirable, mask=mask)
+    return {
+        f"{name}/{label}": torch.stack(
+            [torch.where(counts, values.detach().double(), 0.0).sum(-1), counts.sum(-1).double()], -1
+        )
+        for name, values in (("rewards", implicit), ("logps", policy_logps))
+        for label, counts in (("chosen", mask & desirable), ("rejected", mask & ~desirable))
+    }
 
 
 class RunningMeans:
@@ -111,16 +158,22 @@ class RunningMeans:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Float[Tensor, " B"]], weights: Float[Tensor, " B"]) -> None:
+    def add(
+        self, values: Mapping[str, Float[Tensor, " B"] | Float[Tensor, "B 2"]], weights: Float[Tensor, " B"]
+    ) -> None:
         """Take in a batch.
 
         Args:
-            values: [B] by name; the same names in every batch.
+            values: by name [B], or [B, 2] where a prompt has a sum and a number of its own; the same names in every
+                batch.
             weights: [B], 1 for a prompt that counts and 0 for one that does not.
         """
-        counted = weights.double()
-        sums = {name: torch.where(counted > 0, value.detach().double(), 0.0).sum() for name, value in values.items()}
-        sums[""] = counted.sum()
+        counts = weights > 0
+        sums = {}
+        for name, value in values.items():
+            held = value.detach().double()
+            pairs = held if held.ndim == 2 else torch.stack([held, torch.ones_like(held)], -1)
+            sums[name] = torch.where(counts.unsqueeze(-1), pairs, 0.0).sum(0)
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
 
     def pop(self, total: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
@@ -130,15 +183,27 @@ class RunningMeans:
             total: sums a tensor over processes; every process has to call.
 
         Returns:
-            The averages by name.
+            The averages by name, of those that anything was counted of.
         """
         if not self._sums:
             return {}
         names = list(self._sums)
-        sums = dict(zip(names, total(torch.stack(list(self._sums.values()))).tolist(), strict=True))
+        sums = total(torch.stack(list(self._sums.values()))).tolist()
         self._sums = {}
-        count = sums.pop("")
-        return {name: value / count for name, value in sums.items()}
+        return {name: value / count for name, (value, count) in zip(names, sums, strict=True) if count > 0}
+
+
+def _contrast(implicit: Tensor, policy_logps: Tensor, top: Tensor, bottom: Tensor) -> dict[str, Tensor]:
+    """Implicit rewards and log-probabilities of the best candidates beside the worst."""
+    chosen, rejected = _mean(implicit, top), _mean(implicit, bottom)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).double(),
+        "logps/chosen": _mean(policy_logps, top),
+        "logps/rejected": _mean(policy_logps, bottom),
+    }
 
 
 def _extreme(values: Tensor, mask: Tensor, *, largest: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from exo_toy.integrations.reference import ReferenceCache
 
 # Shorter datasets are through before anyone could read a progress bar.
 PROGRESS_FROM = 1000
+# Before the names of what a batch holds of mismatched prompts and completions.
+OTHER = "other_"
 
 
 @dataclass(eq=False)
@@ -28,12 +30,14 @@ class Rows(Sequence[dict[str, Any]]):
         report: which of them are kept, and why others are not.
         pairs: whether they are pairs of chosen and rejected.
         cache: from which each row gets its ``ref_logps``; None for none.
+        mismatched: whether each row also gets ``other_completion_ids``, the completions of the next row.
     """
 
     rows: Any
     report: Report
     pairs: bool
     cache: ReferenceCache | None = None
+    mismatched: bool = False
 
     def __len__(self) -> int:
         return len(self.report.kept)
@@ -41,10 +45,33 @@ class Rows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place = self.report.kept[index]
-        row = self.rows[place]
-        row = dict(row) if isinstance(row, Mapping) else dict(vars(row))
-        return row if self.cache is None else {**row, "ref_logps": self.cache.logps(row, index=place)}
+        row = self._row(index)
+        if self.cache is not None:
+            row["ref_logps"] = self.cache.logps(row, index=self.report.kept[index])
+        if self.mismatched:
+            row["other_completion_ids"] = self._row((index + 1) % len(self))["completion_ids"]
+        return row
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row = self.rows[self.report.kept[index]]
+        return dict(row) if isinstance(row, Mapping) else dict(vars(row))
+
+    def mismatch(self) -> int:
+        """Give each row the completions of the next one, too; the tokens of the longest prompt with one of them.
+
+        Raises:
+            ValueError: there is no other row.
+        """
+        if len(self) < 2:
+            raise ValueError("must have two rows or more, for completions of other prompts; got 1")
+        self.mismatched = True
+        return max(len(row["prompt_ids"]) + max(map(len, row["other_completion_ids"])) for row in self)
+
+    def rewards(self) -> Iterator[tuple[int, list[float]]]:
+        """Of each row its place in the dataset and its rewards."""
+        column = self.rows["rewards"] if isinstance(self.rows, datasets.Dataset) else None
+        for place in self.report.kept:
+            yield place, self.rows[place].rewards if column is None else column[place]
 
     def read_reference(self, cache: ReferenceCache) -> None:
         """Give each row the reference's log-probabilities.
@@ -65,6 +92,7 @@ def tokenize_dataset(
     pairs: bool | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    single: bool = False,
 ) -> Rows:
     """Tokenise and check every row.
 
@@ -78,6 +106,7 @@ def tokenize_dataset(
         pairs: whether the columns must be chosen and rejected (True), completions and rewards (False), or either.
         max_prompt_length: tokens of a prompt that are kept.
         max_completion_length: tokens of a completion that are kept.
+        single: for losses on single completions, for which one is enough.
 
     Returns:
         The rows.
@@ -95,6 +124,7 @@ def tokenize_dataset(
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
             index=index,
+            single=single,
         )
 
     rows: Any
@@ -118,7 +148,7 @@ def tokenize_dataset(
             shown = tqdm(range(len(dataset)), desc=f"Tokenizing {name}", disable=len(dataset) < PROGRESS_FROM)
             rows = [tokenize(dataset[index], index) for index in shown]
         candidates = (row if isinstance(row, Candidates) else Candidates(**row) for row in rows)
-        report = check_dataset(_of_one_kind(candidates, first.preference), tokenizer)
+        report = check_dataset(_of_one_kind(candidates, first.preference), tokenizer, single=single)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return Rows(rows, report, first.preference)
@@ -202,9 +232,16 @@ class WeightedCollator:
     collator: CandidateCollator
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch of these features."""
+        """The batch of these features; of prompts with other prompts' completions, too, under "other_" names."""
         weights = torch.tensor([feature["prompt_weight"] for feature in features], dtype=self.collator.dtype)
-        return {**self.collator(features), "prompt_weights": weights}
+        batch = {**self.collator(features), "prompt_weights": weights}
+        if "other_completion_ids" in features[0]:
+            others = [
+                Candidates(row["prompt_ids"], row["other_completion_ids"], [0.0] * len(row["other_completion_ids"]))
+                for row in features
+            ]
+            batch |= {f"{OTHER}{name}": value for name, value in self.collator(others).items()}
+        return batch
 
 
 def _columns(pairs: bool) -> str:

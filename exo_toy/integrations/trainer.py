@@ -2,35 +2,45 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from exo_toy.integrations.candidates import CandidateCollator
 from exo_toy.integrations.config import (
-    LOSSES_ON_PAIRS,
+    LOSSES_ON_FEEDBACK,
+    LOSSES_WITHOUT_REFERENCE,
     CandidateConfig,
     check_loss,
     check_metric_temperatures,
     check_support,
+    columns_are_pairs,
+    is_anchored,
 )
-from exo_toy.integrations.metrics import SPARE, RunningMeans, prompt_metrics
-from exo_toy.integrations.objective import Loss, candidate_losses
-from exo_toy.integrations.policy import check_adapter, check_models, check_positions, disable_dropout, dtype_of
+from exo_toy.integrations.loading import RowsTrainer
+from exo_toy.integrations.metrics import SPARE, RunningMeans
+from exo_toy.integrations.objective import (
+    Loss,
+    anchor_of,
+    candidate_losses,
+    candidate_metrics,
+    check_values,
+    label_sums,
+)
+from exo_toy.integrations.policy import check_adapter, check_models, disable_dropout, dtype_of
 from exo_toy.integrations.reference import ReferenceCache, autocast_dtype, fingerprint, precompute, reference_logps
-from exo_toy.integrations.rows import Epochs, Rows, WeightedCollator, tokenize_dataset
-from exo_toy.integrations.scoring import completion_logps, resolve_kernel, scatter
+from exo_toy.integrations.rows import OTHER, WeightedCollator
+from exo_toy.integrations.scoring import completion_logps, evaluating, resolve_kernel, scatter
 
 Batch = dict[str, Tensor]
 
 
-class CandidateTrainer(Trainer):
+class CandidateTrainer(RowsTrainer):
     r"""Trains a causal language model on candidate completions of prompts.
 
     A step's gradient is that of the mean loss over all its prompts, whatever the batch size per device, the number of
@@ -88,9 +98,17 @@ class CandidateTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer; got None")
         self._custom_loss = loss
-        self._pairs = None if loss is not None else args.loss in LOSSES_ON_PAIRS
-        if self._pairs is not None:
+        self._pairs = None if loss is not None else columns_are_pairs(args.loss)
+        # Where a callable takes its place, nothing about the loss by name counts.
+        named = loss is None
+        self._no_reference = named and args.loss in LOSSES_WITHOUT_REFERENCE
+        self._single = named and args.loss in LOSSES_ON_FEEDBACK
+        self._anchored = named and is_anchored(args)
+        if named:
             check_loss(args)
+            check_values(args)
+        if self._no_reference and ref_model is not None:
+            raise ValueError(f"ref_model must be None for loss={args.loss!r}, which knows no reference; got one")
 
         # `args` of transformers' Trainer has its type, and not the fields of ours.
         self._tokenizer, self._settings, self._model_given = processing_class, cast(Any, args), model
@@ -102,13 +120,13 @@ class CandidateTrainer(Trainer):
         elif eval_dataset is not None:
             eval_rows = self._tokenized("eval_dataset", eval_dataset)
         if self._pairs is None:
-            raise ValueError("train_dataset or eval_dataset must be given with a loss of one's own; got neither")
+            raise ValueError("train_dataset or eval_dataset must be given: its columns say what to do; got neither")
         if loss is not None:
             check_metric_temperatures(args, pairs=self._pairs)
 
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        if ref_model is None and args.ref_cache is None:
+        if ref_model is None and args.ref_cache is None and not self._no_reference:
             if isinstance(model, PeftModel):
                 check_adapter(model)
             else:
@@ -190,24 +208,48 @@ class CandidateTrainer(Trainer):
         Returns:
             ([B], [B] by name).
         """
-        rows, mask = inputs["candidate_rows"], inputs["candidate_mask"]
-        scoring = self._scoring(model, inputs["input_ids"])
-        ref_logps = reference_logps(inputs, policy=model, ref_model=self.ref_model, **scoring)
-        tokens = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-        policy_logps = scatter(completion_logps(model, *tokens, **scoring), rows, mask)
-        prompt_losses = candidate_losses(policy_logps, ref_logps, inputs, self._settings, self._custom_loss)
-        beta = self._settings.beta if self._pairs else self._settings.beta_r * self._settings.beta_pi
-        metrics = prompt_metrics(
-            policy_logps,
-            ref_logps,
-            inputs["rewards"].to(policy_logps.dtype),
-            mask,
-            beta_pi=self._settings.beta if self._pairs else self._settings.beta_pi,
-            beta=beta,
-            log_weights=inputs.get("log_weights"),
-            preference=bool(self._pairs),
-        )
-        return prompt_losses, metrics
+        policy_logps, ref_logps = self._logps(model, inputs)
+        if self._anchored and "anchor" not in inputs:
+            # After the forward with a gradient: what autocast keeps of a forward without has none either.
+            inputs = {**inputs, "anchor": self._anchor(model, [inputs])}
+        given = (policy_logps, ref_logps, inputs, self._settings)
+        prompt_losses = candidate_losses(*given, self._custom_loss)
+        return prompt_losses, candidate_metrics(*given, self._custom_loss, pairs=bool(self._pairs))
+
+    def _logps(self, model: nn.Module, inputs: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
+        """Log-probabilities of a batch's candidates under policy and reference, [B, K]; zeros for no reference."""
+        batch = {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
+        scoring = self._scoring(model, batch["input_ids"])
+        # The reference first: its activations are gone when those of the policy have to be kept.
+        ref_logps = None
+        if not self._no_reference:
+            ref_logps = reference_logps(batch, policy=model, ref_model=self.ref_model, **scoring)
+        tokens = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+        logps = completion_logps(model, *tokens, **scoring)
+        policy_logps = scatter(logps, batch["candidate_rows"], batch["candidate_mask"])
+        return policy_logps, torch.zeros_like(policy_logps) if ref_logps is None else ref_logps
+
+    def _anchor(self, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+        """KTO's reference point or BCO's delta over these batches of all processes."""
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.args.device)
+        prefix = OTHER if self._settings.loss == "kto" else ""
+        with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                policy_logps, ref_logps = self._logps(model, inputs, prefix)
+                counts = inputs[f"{prefix}candidate_mask"] & (inputs["prompt_weights"] > 0).unsqueeze(-1)
+                sums += label_sums(policy_logps - ref_logps, inputs[f"{prefix}rewards"], counts)
+        return anchor_of(self._over_processes(sums), self._settings)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """The batches of an optimiser step, with what the loss compares all its prompts with."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._anchored and batches:
+            anchor = self._anchor(self.model_wrapped, batches)
+            batches = [{**batch, "anchor": anchor} for batch in batches]
+        return batches, count
 
     def _scoring(self, policy: nn.Module, input_ids: Tensor) -> dict[str, Any]:
         """Temperature and kernel of the log-probabilities, the same for the policy and a second model."""
@@ -261,73 +303,6 @@ class CandidateTrainer(Trainer):
         for rows in data:
             rows.read_reference(self._cache)
 
-    def _tokenized(self, name: str, dataset: Any) -> Rows:
-        """A dataset's rows, checked; its kind becomes the trainer's where that is still open."""
-        args = self._settings
-        rows = tokenize_dataset(
-            name,
-            dataset,
-            self._tokenizer,
-            pairs=self._pairs,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-        )
-        check_positions(name, rows.report.longest, self._model_given)
-        self._pairs = rows.pairs
-        self.reports[name] = rows.report
-        return rows
-
-    def _loader(self, rows: Rows, batch_size: int, *, seed: int | None, drop_last: bool = False) -> DataLoader[Any]:
-        """Batches of rows, as many for each process."""
-        args = self._settings
-        processes = self.accelerator.num_processes
-        multiple = batch_size * processes if processes > 1 or drop_last else 1
-        loader: DataLoader[Any] = DataLoader(
-            Epochs(rows, multiple=multiple, seed=seed, drop_last=drop_last),
-            batch_size=batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that depends on the seed (``data_seed`` where given) and the epoch alone."""
-        if not isinstance(self.train_dataset, Rows):
-            raise ValueError("train_dataset must be given to train; got None")
-        args = self._settings
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return self._loader(
-            self.train_dataset,
-            self._train_batch_size,
-            seed=None if args.train_sampling_strategy == "sequential" else seed,
-            drop_last=args.dataloader_drop_last,
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Batches of the evaluation rows, in the order in which they stand.
-
-        Args:
-            eval_dataset: a dataset, the name of one of the trainer's, or None for the trainer's own.
-        """
-        own: Any = self.eval_dataset
-        chosen = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
-        if chosen is None:
-            raise ValueError("eval_dataset must be given to evaluate; got None")
-        rows = chosen if isinstance(chosen, Rows) else self._tokenized("eval_dataset", chosen)
-        if self._cache is not None and rows.cache is None:
-            rows.read_reference(self._cache)
-        return self._loader(rows, self._settings.eval_batch_size, seed=None)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As :meth:`get_eval_dataloader`.
-
-        Args:
-            test_dataset: a dataset.
-        """
-        return self.get_eval_dataloader(test_dataset)
-
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -338,7 +313,7 @@ class CandidateTrainer(Trainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: Any,
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,

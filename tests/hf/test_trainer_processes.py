@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-KINDS = ["full", "adapter", "pairs"]
+KINDS = ["full", "adapter", "pairs", "labels"]
 # A process that waits longer than this for another one has failed.
 PATIENCE = 240
 
@@ -45,7 +45,9 @@ def together(tokenizer, tmp_path_factory):
 def assert_same(one, other):
     torch.testing.assert_close(one["weights"], other["weights"], rtol=0, atol=1e-12)
     for mine, theirs in zip([*one["log"], one["metrics"]], [*other["log"], other["metrics"]], strict=True):
-        names = {name for name in mine if "/" in name or name.endswith(("ess", "leads", "grad_norm"))}
+        names = {
+            name for name in mine if "/" in name or name.endswith(("ess", "leads", "grad_norm", "reference_point"))
+        }
         for name in names:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-9), name
         for name in {"loss", "eval_loss"} & mine.keys():  # transformers adds up losses in float32
@@ -67,7 +69,10 @@ def test_the_runs_went_somewhere(alone):
     """The comparisons above are of parameters that have moved."""
     for kind in KINDS:
         log = alone[kind]["log"]
-        assert log[0]["kl/ref"] == 0 and log[3]["kl/ref"] > 1e-3
+        if kind == "labels":
+            assert log[0]["reference_point"] == 0 < log[3]["reference_point"]
+        else:
+            assert log[0]["kl/ref"] == 0 and log[3]["kl/ref"] > 1e-3
 
 
 def test_two_processes_resume_in_the_middle_of_an_epoch(together):

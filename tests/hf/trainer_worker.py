@@ -1,8 +1,8 @@
 """Short trainings on one of several processes: ``torchrun ... -m tests.hf.trainer_worker FOLDER KIND ...``.
 
 FOLDER holds ``tokenizer``; each KIND of run leaves ``KIND.pt`` there: the parameters, what was logged, an evaluation.
-"full", "adapter" and "pairs" are wrapped by DistributedDataParallel where there are several processes, "fsdp2" is
-sharded, "resumed" goes on from a checkpoint in the middle of the second epoch.
+"full", "adapter", "pairs" and "labels" are wrapped by DistributedDataParallel where there are several processes,
+"fsdp2" is sharded, "resumed" goes on from a checkpoint in the middle of the second epoch.
 """
 
 import os
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from exo_toy.integrations.trainer import CandidateTrainer
 from tests.hf.conftest import tiny_llama
-from tests.hf.training import ON_PAIRS, PAIRS, ROWS, settings, weights
+from tests.hf.training import LABELS, ON_PAIRS, PAIRS, ROWS, settings, weights
 
 # Eleven prompts, eight a step: the last step of an epoch has three, on two processes four of the weightless copies.
 RUN = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "num_train_epochs": 2.0}
@@ -37,11 +37,14 @@ def run(kind, tokenizer, folder, n_processes):
         given |= {"save_strategy": "steps", "save_steps": 1.0}
     if kind == "pairs":
         given |= ON_PAIRS
+    if kind == "labels":
+        # An evaluation has its reference point from each batch of all processes.
+        given |= {"loss": "kto", "beta": 0.2, "per_device_eval_batch_size": 6 // n_processes}
 
     def trainer():
         torch.manual_seed(0)  # of the adapter
         model = tiny_llama(len(tokenizer), dtype=torch.float64)
-        rows = PAIRS if kind == "pairs" else ROWS
+        rows = {"pairs": PAIRS, "labels": LABELS}.get(kind, ROWS)
         extra = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
         config = settings(folder, **given)
         if kind == "fsdp2":

@@ -18,6 +18,15 @@ PAIRS = [
     {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][1] + " the cat" * (i % 3)}
     for i, row in enumerate(ROWS)
 ]
+# One to four completions of each, labelled; some prompts have one label only.
+LABELS = [
+    {
+        "prompt": row["prompt"],
+        "completions": row["completions"][1:],
+        "rewards": [float(reward > 1) for reward in row["rewards"][1:]],
+    }
+    for row in ROWS
+]
 ON_REWARDS = {"loss": "exo_rw", "beta_r": 0.5, "beta_pi": 0.2}
 ON_PAIRS = {"loss": "exo_pref", "beta": 0.2}
 

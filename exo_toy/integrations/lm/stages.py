@@ -13,12 +13,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, get_peft_config
 
-from exo_toy.integrations.config import LOSSES_ON_PAIRS, CandidateConfig, check_loss, check_support
+from exo_toy.integrations.config import (
+    LOSSES_ON_FEEDBACK,
+    CandidateConfig,
+    check_loss,
+    check_support,
+    columns_are_pairs,
+)
 from exo_toy.integrations.lm.generation import Prompts
 from exo_toy.integrations.lm.models import load, load_policy, load_tokenizer, require_model, require_whole
 from exo_toy.integrations.lm.records import CONTENT, Lines, LmError, Row, digest, read_rows, require_same, write_whole
 from exo_toy.integrations.lm.rewarding import reward_source, scorer
 from exo_toy.integrations.lm.settings import AlignSettings, SampleSettings, ScoreSettings, TrainSettings
+from exo_toy.integrations.objective import check_values
 from exo_toy.integrations.rows import tokenize_dataset
 from exo_toy.integrations.sampling import as_texts, end_tokens
 from exo_toy.integrations.trainer import CandidateTrainer
@@ -166,16 +173,18 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
     Raises:
         LmError: bad data or settings, a model that cannot be loaded.
     """
-    pairs = args.loss in LOSSES_ON_PAIRS
+    pairs, single = columns_are_pairs(args.loss), args.loss in LOSSES_ON_FEEDBACK
     try:
         check_support(args)
         check_loss(args)
+        check_values(args)
     except ValueError as error:
         raise LmError(f"align: {error}") from error
     if settings.ref_model is not None:
         require_model("ref_model", settings.ref_model)
     data: dict[str, Any] = {
-        name: _candidates(name, path, pairs, settings.num_candidates) for name, path in _files(settings).items()
+        name: _candidates(name, path, pairs, settings.num_candidates, least=1 if single else 2)
+        for name, path in _files(settings).items()
     }
     tokenizer = _tokenizer(settings, model_config)
     for name, rows in data.items():
@@ -187,6 +196,7 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
                 pairs=pairs,
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
+                single=single,
             )
         except ValueError as error:
             raise LmError(str(error)) from error
@@ -349,8 +359,10 @@ def _for_sft(path: str) -> datasets.Dataset:
     return datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row[name]} for row in rows])
 
 
-def _candidates(name: str, path: str, pairs: bool, count: int | None) -> list[Row]:
-    """Rows for the trainer, without completions that have no text."""
+def _candidates(name: str, path: str, pairs: bool | None, count: int | None, *, least: int) -> list[Row]:
+    """Rows for the trainer, without completions that have no text, and with at least so many others."""
+    if pairs is None:
+        pairs = "chosen" in read_rows(path, ("prompt",))[0]
     columns = ("prompt", "chosen", "rejected") if pairs else ("prompt", "completions", "rewards")
     rows = [{column: row[column] for column in columns} for row in read_rows(path, columns)]
     kept, empty = [], 0
@@ -366,12 +378,13 @@ def _candidates(name: str, path: str, pairs: bool, count: int | None) -> list[Ro
         both = list(zip(row["completions"], row["rewards"], strict=True))[:count]
         full = [(completion, number) for completion, number in both if not _is_empty(completion)]
         empty += len(both) - len(full)
-        if len(full) > 1:
+        if len(full) >= least:
             kept.append({**row, "completions": [each for each, _ in full], "rewards": [number for _, number in full]})
     if empty:
-        print(f"{name}: {empty} completions without text and {len(rows) - len(kept)} rows with fewer than 2 left out")
+        few = f"{len(rows) - len(kept)} rows with fewer than {least} left out"
+        print(f"{name}: {empty} completions without text and {few}")
     if not kept:
-        raise LmError(f"{path}: no row has two completions with text")
+        raise LmError(f"{path}: no row has {'two completions' if least > 1 else 'a completion'} with text")
     return kept
 
 
