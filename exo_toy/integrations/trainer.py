@@ -44,22 +44,24 @@ class CandidateTrainer(RowsTrainer):
     r"""Trains a causal language model on candidate completions of prompts.
 
     A step's gradient is that of the mean loss over all its prompts, whatever the batch size per device, the number of
-    accumulation steps and of processes, also where the last step of an epoch has fewer. The order of the prompts
-    depends on the seed and the epoch alone. What is logged is averaged over the same prompts; the names are those of
-    :func:`~exo_toy.integrations.metrics.prompt_metrics`, for the evaluation with its prefix.
+    accumulation steps and of processes, also where the last step of an epoch has fewer (but for ``aot``, which compares
+    the prompts of a batch). The order of the prompts depends on the seed and the epoch alone. What is logged is
+    averaged over the same prompts; the names are those of :mod:`exo_toy.integrations.metrics`, for the evaluation with
+    its prefix. How each loss reads the data: :mod:`exo_toy.integrations.objective`.
 
     The reference is ``ref_model``; where there is none, the policy without its adapter if it has one (a PEFT model),
     else a copy of the policy as it is given. With ``args.ref_cache`` its log-probabilities are read from there and no
     second model is kept. At the first step policy and reference agree to the bit (where an adapter is fresh); with a
-    cache, to the bit where it was computed in batches of the same rows, and to rounding otherwise.
+    cache, to the bit where it was computed in batches of the same rows, and to rounding otherwise. Losses without a
+    reference (``simpo``, ``orpo``, ``cpo``) have none.
 
     Data-parallel training and FSDP2 (``accelerate launch``) are supported; DeepSpeed was not run.
 
     Args:
         model: the policy, a causal language model of ``transformers`` or a PEFT model around one.
         args: the settings.
-        train_dataset: rows with columns prompt, completions and rewards, or prompt, chosen and rejected, as plain text
-            or chat messages: a ``datasets.Dataset`` or any sequence of mappings.
+        train_dataset: rows with columns prompt, completions and rewards, or prompt, chosen and rejected, as the loss
+            asks, of plain text or chat messages: a ``datasets.Dataset`` or any sequence of mappings.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; it needs an end-of-sequence token, and no padding token.
         ref_model: the reference, where it is a model of its own; with the policy's dtype.
