@@ -198,12 +198,11 @@ def metric_temperatures(config: CandidateConfig) -> tuple[float, float]:
     given = loss_settings(config)
     if "beta_pi" in given:
         return given["beta_pi"], given["beta_pi"] * given["beta_r"]
-    if config.loss in LOSSES_ON_REWARDS:
-        # Losses without candidate weights: those of the policy itself.
-        beta = given.get("tau") or (1 / given["eta"] if "eta" in given else given["beta"])
-        return 1.0, beta / given.get("reward_scale", 1.0)
-    beta = given["odds_weight"] if config.loss == "orpo" else given["beta"]
-    return beta, beta
+    # What multiplies the log ratio has one of these names.
+    multiplier = (
+        1 / given["eta"] if "eta" in given else next(given[n] for n in ("tau", "odds_weight", "beta") if n in given)
+    )
+    return multiplier, multiplier / given.get("reward_scale", 1.0)
 
 
 def check_metric_temperatures(config: CandidateConfig, *, pairs: bool) -> None:

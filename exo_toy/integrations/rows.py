@@ -56,8 +56,8 @@ class Rows(Sequence[dict[str, Any]]):
         row = self.rows[self.report.kept[index]]
         return dict(row) if isinstance(row, Mapping) else dict(vars(row))
 
-    def mismatch(self) -> int:
-        """Give each row the completions of the next one, too; the tokens of the longest prompt with one of them.
+    def mismatch(self) -> None:
+        """Give each row the completions of the next one, too.
 
         Raises:
             ValueError: there is no other row.
@@ -65,7 +65,14 @@ class Rows(Sequence[dict[str, Any]]):
         if len(self) < 2:
             raise ValueError("must have two rows or more, for completions of other prompts; got 1")
         self.mismatched = True
-        return max(len(row["prompt_ids"]) + max(map(len, row["other_completion_ids"])) for row in self)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with a completion that it is given."""
+        if not self.mismatched:
+            return self.report.longest
+        others = max(len(row["prompt_ids"]) + max(map(len, row["other_completion_ids"])) for row in self)
+        return max(self.report.longest, others)
 
     def rewards(self) -> Iterator[tuple[int, list[float]]]:
         """Of each row its place in the dataset and its rewards."""

@@ -13,7 +13,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from exo_toy.integrations.candidates import CandidateCollator
 from exo_toy.integrations.config import (
-    LOSSES_ON_FEEDBACK,
     LOSSES_WITHOUT_REFERENCE,
     CandidateConfig,
     check_loss,
@@ -104,7 +103,6 @@ class CandidateTrainer(RowsTrainer):
         # Where a callable takes its place, nothing about the loss by name counts.
         named = loss is None
         self._no_reference = named and args.loss in LOSSES_WITHOUT_REFERENCE
-        self._single = named and args.loss in LOSSES_ON_FEEDBACK
         self._anchored = named and is_anchored(args)
         if named:
             check_loss(args)

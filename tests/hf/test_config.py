@@ -131,3 +131,20 @@ def test_a_loss_of_ones_own_needs_the_temperatures_of_the_metrics_alone():
     ):
         with pytest.raises(ValueError, match=message):
             check_metric_temperatures(config(**given), pairs=pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"loss": "exo_rw", "beta_r": 0.5, "beta_pi": 0.2}, (0.2, 0.1)),
+        ({"loss": "dpo", "beta": 0.2}, (0.2, 0.2)),
+        ({"loss": "rebel", "loss_kwargs": {"eta": 4.0}}, (0.25, 0.25)),
+        ({"loss": "rpo_kl", "beta": 0.2, "loss_kwargs": {"reward_scale": 4.0}}, (0.2, 0.05)),
+        ({"loss": "dro", "loss_kwargs": {"tau": 0.3}}, (0.3, 0.3)),
+        ({"loss": "orpo", "loss_kwargs": {"odds_weight": 0.3}}, (0.3, 0.3)),
+        # A callable takes the place of the name, and brings beta alone.
+        ({"loss": "rebel", "beta": 0.2}, (0.2, 0.2)),
+    ],
+)
+def test_temperatures_of_the_metrics(given, wanted):
+    assert metric_temperatures(config(**given)) == pytest.approx(wanted, rel=1e-15)

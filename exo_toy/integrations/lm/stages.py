@@ -25,8 +25,8 @@ from exo_toy.integrations.lm.models import load, load_policy, load_tokenizer, re
 from exo_toy.integrations.lm.records import CONTENT, Lines, LmError, Row, digest, read_rows, require_same, write_whole
 from exo_toy.integrations.lm.rewarding import reward_source, scorer
 from exo_toy.integrations.lm.settings import AlignSettings, SampleSettings, ScoreSettings, TrainSettings
+from exo_toy.integrations.loading import checked_rows
 from exo_toy.integrations.objective import check_values
-from exo_toy.integrations.rows import tokenize_dataset
 from exo_toy.integrations.sampling import as_texts, end_tokens
 from exo_toy.integrations.trainer import CandidateTrainer
 
@@ -173,7 +173,7 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
     Raises:
         LmError: bad data or settings, a model that cannot be loaded.
     """
-    pairs, single = columns_are_pairs(args.loss), args.loss in LOSSES_ON_FEEDBACK
+    pairs, least = columns_are_pairs(args.loss), 1 if args.loss in LOSSES_ON_FEEDBACK else 2
     try:
         check_support(args)
         check_loss(args)
@@ -183,21 +183,13 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
     if settings.ref_model is not None:
         require_model("ref_model", settings.ref_model)
     data: dict[str, Any] = {
-        name: _candidates(name, path, pairs, settings.num_candidates, least=1 if single else 2)
+        name: _candidates(name, path, pairs, settings.num_candidates, least=least)
         for name, path in _files(settings).items()
     }
     tokenizer = _tokenizer(settings, model_config)
     for name, rows in data.items():
         try:
-            checked = tokenize_dataset(
-                name,
-                rows,
-                tokenizer,
-                pairs=pairs,
-                max_prompt_length=args.max_prompt_length,
-                max_completion_length=args.max_completion_length,
-                single=single,
-            )
+            checked = checked_rows(name, rows, tokenizer, args, pairs=pairs)
         except ValueError as error:
             raise LmError(str(error)) from error
         print(f"{name}: {checked.report}")
