@@ -22,8 +22,8 @@ LOSSES = {name: _callable(record) for name, record in losses.LOSSES.items()}
 LOSSES_ON_PAIRS = tuple(
     name for name, record in losses.LOSSES.items() if record.kind in ("pair", "batch", "reference-free")
 )
-LOSSES_ON_FEEDBACK = tuple(name for name, loss in LOSSES.items() if "desirable" in inspect.signature(loss).parameters)
-LOSSES_ON_REWARDS = tuple(name for name in LOSSES if name not in LOSSES_ON_PAIRS + LOSSES_ON_FEEDBACK)
+LOSSES_ON_LABELS = tuple(name for name, loss in LOSSES.items() if "desirable" in inspect.signature(loss).parameters)
+LOSSES_ON_REWARDS = tuple(name for name in LOSSES if name not in LOSSES_ON_PAIRS + LOSSES_ON_LABELS)
 # Whose candidates may come from another proposal than the reference.
 LOSSES_ON_PROPOSALS = tuple(
     name for name, loss in LOSSES.items() if "log_weights" in inspect.signature(loss).parameters
@@ -146,7 +146,7 @@ def columns_are_pairs(loss: str) -> bool | None:
     Args:
         loss: the name.
     """
-    return None if loss in LOSSES_ON_FEEDBACK else loss in LOSSES_ON_PAIRS
+    return None if loss in LOSSES_ON_LABELS else loss in LOSSES_ON_PAIRS
 
 
 def is_anchored(config: CandidateConfig) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from exo_toy.integrations.config import LOSSES_ON_FEEDBACK, CandidateConfig, is_anchored
+from exo_toy.integrations.config import LOSSES_ON_LABELS, CandidateConfig, is_anchored
 from exo_toy.integrations.objective import Loss, check_rewards
 from exo_toy.integrations.policy import check_positions
 from exo_toy.integrations.reference import ReferenceCache
@@ -45,7 +45,7 @@ def checked_rows(
         pairs=pairs,
         max_prompt_length=config.max_prompt_length,
         max_completion_length=config.max_completion_length,
-        single=not own_loss and config.loss in LOSSES_ON_FEEDBACK,
+        single=not own_loss and config.loss in LOSSES_ON_LABELS,
     )
     if own_loss:
         return rows

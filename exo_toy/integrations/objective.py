@@ -28,7 +28,7 @@ from exo_toy import losses
 from exo_toy.integrations.config import (
     ANCHORS,
     LOSSES,
-    LOSSES_ON_FEEDBACK,
+    LOSSES_ON_LABELS,
     LOSSES_ON_PROPOSALS,
     LOSSES_WITHOUT_REFERENCE,
     CandidateConfig,
@@ -115,7 +115,7 @@ def candidate_metrics(
     metrics = {}
     if loss is None and is_anchored(config):
         metrics[ANCHORS[config.loss]] = batch["anchor"].expand(len(mask))
-    if name in LOSSES_ON_FEEDBACK and not pairs:
+    if name in LOSSES_ON_LABELS and not pairs:
         return metrics | label_metrics(beta * (policy_logps - ref_logps), policy_logps, rewards > 0.5, mask)
     ranked = name is not None and losses.LOSSES[name].kind == "ranked"
     return metrics | prompt_metrics(
@@ -165,7 +165,7 @@ def check_rewards(rows: Iterable[tuple[int, Sequence[float]]], config: Candidate
     largest = torch.finfo(torch.float32).max
     for row, rewards in rows:
         where, got = f'row {row}, column "rewards"', f"for loss={config.loss!r}; got {list(rewards)!r:.60}"
-        if config.loss in LOSSES_ON_FEEDBACK and not set(rewards) <= {0.0, 1.0}:
+        if config.loss in LOSSES_ON_LABELS and not set(rewards) <= {0.0, 1.0}:
             raise ValueError(f"{where}: must be 1 (desirable) or 0 {got}")
         if losses.LOSSES[config.loss].kind == "ranked" and len(set(rewards)) < len(rewards):
             raise ValueError(f"{where}: must differ, they are the ranking {got}")

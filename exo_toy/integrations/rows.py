@@ -30,7 +30,7 @@ class Rows(Sequence[dict[str, Any]]):
         report: which of them are kept, and why others are not.
         pairs: whether they are pairs of chosen and rejected.
         cache: from which each row gets its ``ref_logps``; None for none.
-        mismatched: whether each row also gets ``other_completion_ids``, the completions of the next row.
+        mismatched: whether each row also gets ``other_completion_ids``, the completions of the row before it.
     """
 
     rows: Any
@@ -49,7 +49,7 @@ class Rows(Sequence[dict[str, Any]]):
         if self.cache is not None:
             row["ref_logps"] = self.cache.logps(row, index=self.report.kept[index])
         if self.mismatched:
-            row["other_completion_ids"] = self._row((index + 1) % len(self))["completion_ids"]
+            row["other_completion_ids"] = self._row((index - 1) % len(self))["completion_ids"]
         return row
 
     def _row(self, index: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Rows(Sequence[dict[str, Any]]):
         return dict(row) if isinstance(row, Mapping) else dict(vars(row))
 
     def mismatch(self) -> None:
-        """Give each row the completions of the next one, too.
+        """Give each row the completions of the one before it, too; the first row those of the last.
 
         Raises:
             ValueError: there is no other row.

@@ -9,7 +9,7 @@ import torch
 
 from exo_toy import losses
 from exo_toy.integrations.candidates import tokenize_row
-from exo_toy.integrations.config import LOSSES, LOSSES_ON_FEEDBACK, LOSSES_ON_PAIRS, CandidateConfig
+from exo_toy.integrations.config import LOSSES, LOSSES_ON_LABELS, LOSSES_ON_PAIRS, CandidateConfig
 from exo_toy.integrations.objective import anchor_of, candidate_losses, candidate_metrics, label_sums
 from exo_toy.integrations.trainer import CandidateTrainer
 from exo_toy.losses import LOSSES as RECORDS
@@ -34,7 +34,7 @@ def given(loss):
 
 
 def rows_of(loss):
-    return PAIRS if loss in LOSSES_ON_PAIRS else LABELS if loss in LOSSES_ON_FEEDBACK else RANKED
+    return PAIRS if loss in LOSSES_ON_PAIRS else LABELS if loss in LOSSES_ON_LABELS else RANKED
 
 
 def config(loss, **more):
@@ -88,7 +88,7 @@ def test_each_loss_and_its_gradient_are_the_librarys(loss):
     on_pairs = loss in LOSSES_ON_PAIRS
     policy, ref, rewards = tables(2 if on_pairs else 3)
     mask = torch.ones(3, 2, dtype=torch.bool) if on_pairs else MASK
-    if loss in LOSSES_ON_FEEDBACK:
+    if loss in LOSSES_ON_LABELS:
         rewards = (rewards > 0).double()
     lengths = torch.tensor([[3, 2], [1, 4], [2, 2]])
     anchor = torch.tensor(0.3, dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_each_loss_trains_alike_however_a_step_is_split(llama64, tokenizer, tmp_
 
 
 def test_kto_step_by_hand(llama64, tokenizer, tmp_path):
-    """Two steps without the trainer: reference point from the next prompt's completions, labels, plain softmax."""
+    """Two steps without the trainer: reference point from the completions of the row before, labels, plain softmax."""
     # Another reference than the start, so that the reference point is not 0.
     ref = tiny_llama(len(tokenizer), dtype=torch.float64, seed=1).eval()
     run = {**SGD, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2}
@@ -213,7 +213,7 @@ def test_kto_step_by_hand(llama64, tokenizer, tmp_path):
     for start in range(0, len(rows), 6):
         step = range(start, min(start + 6, len(rows)))
         model.zero_grad()
-        others = [ratio(rows[i].prompt_ids, ids) for i in step for ids in rows[(i + 1) % len(rows)].completion_ids]
+        others = [ratio(rows[i].prompt_ids, ids) for i in step for ids in rows[i - 1].completion_ids]
         points.append(torch.stack(others).mean().clamp(min=0).item())
         for i in step:
             signs = [2 * label - 1 for label in rows[i].rewards]

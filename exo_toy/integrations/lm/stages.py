@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, get_peft_config
 
 from exo_toy.integrations.config import (
-    LOSSES_ON_FEEDBACK,
+    LOSSES_ON_LABELS,
     CandidateConfig,
     check_loss,
     check_support,
@@ -173,7 +173,7 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
     Raises:
         LmError: bad data or settings, a model that cannot be loaded.
     """
-    pairs, least = columns_are_pairs(args.loss), 1 if args.loss in LOSSES_ON_FEEDBACK else 2
+    pairs, least = columns_are_pairs(args.loss), 1 if args.loss in LOSSES_ON_LABELS else 2
     try:
         check_support(args)
         check_loss(args)
