@@ -152,9 +152,9 @@ def measure(method: str, shape: Shape, device: str, steps: int, warmups: int) ->
             disable_tqdm=True,
             logging_strategy="no",
             learning_rate=1e-6,
-            num_train_epochs=1,
+            num_train_epochs=1.0,
             per_device_train_batch_size=shape.pairs,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
         )
         given: dict[str, Any] = dict(ref_model=ref, processing_class=tokenizer, callbacks=[Clock()])
         trainer: Any
@@ -208,10 +208,14 @@ def floor_seconds(shape: Shape, device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     per_second = 2 * n**3 / min(times)
+    return 8 * multiplying(shape) * shape.tokens / per_second
+
+
+def multiplying(shape: Shape) -> int:
+    """Parameters that are factors of matrix products: those of linear maps."""
     with torch.device("meta"):
-        parameters = dict(model_of(shape, dtype).named_parameters())
-    multiplying = sum(weight.numel() for name, weight in parameters.items() if "embed" not in name)
-    return 8 * multiplying * shape.tokens / per_second
+        modules = model_of(shape, torch.float32).modules()
+    return sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear))
 
 
 def in_a_process(method: str, options: argparse.Namespace) -> dict[str, float] | None:
@@ -235,6 +239,8 @@ def main() -> int:
     parser.add_argument("--warmups", type=int, default=3, help="steps before them")
     parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.rounds, options.steps, options.warmups) < 1:
+        parser.error("rounds, steps and warmups must be at least 1: a step begins where the one before it ends")
     shape = SHAPES[options.device]
     if options.only is not None:
         print(json.dumps(measure(options.only, shape, options.device, options.steps, options.warmups)))

@@ -66,6 +66,31 @@ class Comparison(NamedTuple):
     objective: Beside
 
 
+class Exact(NamedTuple):
+    r"""What candidates estimate, [X] each in nats, for :math:`\pi = \pi_\theta^{\beta_\pi}`.
+
+    Attributes:
+        log_z: log Z.
+        kl_policy_to_optimal: KL(π || π*).
+        kl_optimal_to_policy: KL(π* || π).
+        kl_to_reference: KL(π || π_ref).
+        kl_optimal_to_reference: KL(π* || π_ref).
+    """
+
+    log_z: Tensor
+    kl_policy_to_optimal: Tensor
+    kl_optimal_to_policy: Tensor
+    kl_to_reference: Tensor
+    kl_optimal_to_reference: Tensor
+
+
+class EffectiveSize(NamedTuple):
+    """The effective sample size of M weighted candidates [X], and M times what its share of M tends to [X]."""
+
+    value: Tensor
+    exact: Tensor
+
+
 def draw_candidates(
     pi: KGramModel,
     ref: KGramModel,
@@ -103,6 +128,10 @@ def draw_candidates(
     """
     checks.require_integer("groups", groups, at_least=1)
     checks.require_integer("k", k, at_least=2)
+    if automaton.vocab_size != ref.space.vocab_size:
+        raise ValueError(
+            f"automaton must read the {ref.space.vocab_size} tokens of the models; got {automaton.vocab_size}"
+        )
     if pi.space != ref.space:
         raise ValueError(f"models must be over one space; got {pi.space} and {ref.space}")
     sizes = {pi.n_prompts, ref.n_prompts, 1 if starts is None else len(starts)} - {1}
@@ -121,6 +150,35 @@ def draw_candidates(
     )
 
 
+@torch.no_grad()
+def exact_answers(
+    pi: KGramModel,
+    ref: KGramModel,
+    automaton: RewardAutomaton,
+    *,
+    beta_pi: float | int,
+    beta_r: float | int,
+    starts: Int[Tensor, " X"] | None = None,
+) -> Exact:
+    """What :func:`compare` sets beside the estimates; its arguments and errors.
+
+    Example:
+        >>> from exo_toy.spaces import SequenceSpace
+        >>> fair = KGramModel(SequenceSpace(2, 10), 0, (torch.zeros(1, 1, 2).double(),))
+        >>> ones = RewardAutomaton(torch.tensor([[0, 0]]), torch.tensor([[0.0, 1.0]]).double(), torch.zeros(1).double())
+        >>> exact_answers(fair, fair, ones, beta_pi=1.0, beta_r=2.0).log_z
+        tensor([2.8093], dtype=torch.float64)
+    """
+    policy = pi if beta_pi == 1 else tempered_policy(pi, ref, beta_pi=beta_pi)[0]
+    return Exact(
+        log_z=automata.log_partition(ref, automaton, beta=beta_r, starts=starts),
+        kl_policy_to_optimal=automata.kl_policy_to_optimal(policy, ref, automaton, beta=beta_r, starts=starts),
+        kl_optimal_to_policy=automata.kl_optimal_to_policy(policy, ref, automaton, beta=beta_r, starts=starts),
+        kl_to_reference=automata.kl_divergence(policy, ref),
+        kl_optimal_to_reference=automata.kl_optimal_to_policy(ref, ref, automaton, beta=beta_r, starts=starts),
+    )
+
+
 def compare(
     pi: KGramModel,
     ref: KGramModel,
@@ -130,6 +188,7 @@ def compare(
     beta_pi: float | int,
     beta_r: float | int,
     starts: Int[Tensor, " X"] | None = None,
+    exact: Exact | None = None,
 ) -> Comparison:
     r"""Losses and self-normalised estimates of candidates beside what they estimate.
 
@@ -146,6 +205,7 @@ def compare(
         beta_pi: policy temperature, above 0.
         beta_r: reward temperature, above 0.
         starts: as for :func:`draw_candidates`.
+        exact: :func:`exact_answers` of the same arguments, where they are known already.
 
     Returns:
         [X] of each, without gradients.
@@ -169,21 +229,74 @@ def compare(
         for loss in (exo_rw_loss, dpo_rw_loss)
     )
     f, h = beta_pi * log_ratio.flatten(1), rewards.flatten(1) / beta_r
-    with torch.no_grad():
-        policy = pi if beta_pi == 1 else tempered_policy(pi, ref, beta_pi=beta_pi)[0]
-        log_z = automata.log_partition(ref, automaton, beta=beta_r, starts=starts)
-        to_optimal = automata.kl_policy_to_optimal(policy, ref, automaton, beta=beta_r, starts=starts)
-        from_optimal = automata.kl_optimal_to_policy(policy, ref, automaton, beta=beta_r, starts=starts)
-        optimal_to_ref = automata.kl_optimal_to_policy(ref, ref, automaton, beta=beta_r, starts=starts)
-        to_ref = automata.kl_divergence(policy, ref)
+    if exact is None:
+        exact = exact_answers(pi, ref, automaton, beta_pi=beta_pi, beta_r=beta_r, starts=starts)
+    zero, objective = torch.zeros_like(f), beta_r * (exact.log_z - exact.kl_policy_to_optimal)
     return Comparison(
-        exo_rw=_mean(exo, to_optimal),
-        dpo_rw=_mean(dpo - math.log(log_ratio.shape[-1]), from_optimal - optimal_to_ref),
-        log_z=_beside(estimators.snis_log_normalizer(h), log_z),
-        kl_policy_to_optimal=_beside(estimators.snis_kl(f, h), to_optimal),
-        kl_optimal_to_policy=_beside(estimators.snis_kl(h, f), from_optimal),
-        kl_to_reference=_beside(estimators.snis_kl(f, torch.zeros_like(f)), to_ref),
-        objective=_beside(estimators.snis_objective(f, rewards.flatten(1), beta=beta_r), beta_r * (log_z - to_optimal)),
+        exo_rw=_mean(exo, exact.kl_policy_to_optimal),
+        dpo_rw=_mean(dpo - math.log(log_ratio.shape[-1]), exact.kl_optimal_to_policy - exact.kl_optimal_to_reference),
+        log_z=_beside(estimators.snis_log_normalizer(h), exact.log_z),
+        kl_policy_to_optimal=_beside(estimators.snis_kl(f, h), exact.kl_policy_to_optimal),
+        kl_optimal_to_policy=_beside(estimators.snis_kl(h, f), exact.kl_optimal_to_policy),
+        kl_to_reference=_beside(estimators.snis_kl(f, zero), exact.kl_to_reference),
+        objective=_beside(estimators.snis_objective(f, rewards.flatten(1), beta=beta_r), objective),
+    )
+
+
+@torch.no_grad()
+def effective_sizes(
+    pi: KGramModel,
+    ref: KGramModel,
+    automaton: RewardAutomaton,
+    candidates: Candidates,
+    *,
+    beta_pi: float | int,
+    beta_r: float | int,
+    starts: Int[Tensor, " X"] | None = None,
+) -> tuple[EffectiveSize, EffectiveSize]:
+    r"""What all candidates of a prompt together are worth: under the policy's weights, and the optimal policy's.
+
+    .. math::
+        \frac{(\sum_i w_i)^2}{\sum_i w_i^2} \quad\text{and}\quad M \frac{E_{ref}[w]^2}{E_{ref}[w^2]}, \qquad
+        w = (\pi_\theta / \pi_{ref})^{\beta_\pi} \text{ or } e^{r / \beta_r}
+
+    Weights that were not drawn are in the second alone: where it is the smaller one, the first is too large.
+
+    Source: Kong, A Note on Importance Sampling using Standardized Weights, 1992.
+
+    Args:
+        pi: as for :func:`compare`, and so are the others.
+        ref: the reference.
+        automaton: the reward.
+        candidates: G K of each prompt, M together.
+        beta_pi: policy temperature, above 0.
+        beta_r: reward temperature, above 0.
+        starts: as for :func:`draw_candidates`.
+
+    Returns:
+        (of the policy, of the optimal policy), the drawn one in [1, M], the exact one in [0, M].
+
+    Raises:
+        ValueError: as :func:`exo_toy.automata.log_partition` and
+            :func:`exo_toy.automata.log_tempered_normalizer` at twice the temperature; a prompt with nothing but
+            forbidden candidates.
+
+    Example:
+        >>> from exo_toy.spaces import SequenceSpace
+        >>> fair = KGramModel(SequenceSpace(2, 10), 0, (torch.zeros(1, 1, 2).double(),))
+        >>> ones = RewardAutomaton(torch.tensor([[0, 0]]), torch.tensor([[0.0, 1.0]]).double(), torch.zeros(1).double())
+        >>> drawn = draw_candidates(fair, fair, ones, groups=5, k=2, generator=torch.Generator().manual_seed(0))
+        >>> effective_sizes(fair, fair, ones, drawn, beta_pi=1.0, beta_r=2.0)[1].exact  # 10 ((1 + √e)² / (2 + 2e))¹⁰
+        tensor([5.5847], dtype=torch.float64)
+    """
+    checks.require_positive(beta_pi=beta_pi, beta_r=beta_r)
+    n_candidates = candidates.rewards[0].numel()
+    f, h = beta_pi * candidates.log_ratio.flatten(1), candidates.rewards.flatten(1) / beta_r
+    log_w, log_w2 = (automata.log_tempered_normalizer(pi, ref, beta_pi=b) for b in (beta_pi, 2 * beta_pi))
+    log_v, log_v2 = (automata.log_partition(ref, automaton, beta=b, starts=starts) for b in (beta_r, beta_r / 2))
+    return (
+        EffectiveSize(estimators.effective_sample_size(f), n_candidates * (2 * log_w - log_w2).exp().expand(len(f))),
+        EffectiveSize(estimators.effective_sample_size(h), n_candidates * (2 * log_v - log_v2).exp().expand(len(f))),
     )
 
 

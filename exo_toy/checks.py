@@ -5,6 +5,7 @@ values are skipped where reading would break a trace or a transform (:func:`valu
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -88,6 +89,8 @@ def require_real(
     """``low < value < high`` (``low <= value`` where allowed); tensors, strings, booleans and NaN are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be {allowed} (a Python number); got {value!r}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be {allowed}; got an integer beyond all floats")
     if not (low < value < high or (low_allowed and value == low)):
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
 

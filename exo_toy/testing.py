@@ -18,8 +18,8 @@ Copy this into a test file of a trainer, put its loss in the place of ``my_train
         assert_sound(exo_loss, settings=SETTINGS)
 
 Parameters without a default are tensors, unless they are in the settings. Temperatures among the settings that the loss
-does not take are those that it has; one with other keywords is wrapped, as ``lambda log_ratio, rewards:
-exo_loss(log_ratio, rewards, temperature=0.1)``.
+does not take are those that it has, and those of divergences on candidates are found where nobody tells them; a loss
+with other keywords is wrapped, as ``lambda log_ratio, rewards: exo_loss(log_ratio, rewards, temperature=0.1)``.
 """
 
 import re
@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from exo_toy.lab import FINDINGS, NAMED, defects
+from exo_toy.lab.binding import examine
 from exo_toy.lab.gradients import NONE, UNDECIDED, UNDEFINED, align, candidate_counts
-from exo_toy.lab.subject import ROUNDING, Subject, examine, loss_and_gradients, name_of, probe, shown
+from exo_toy.lab.subject import ASSUMED, ROUNDING, Subject, loss_and_gradients, name_of, probe, shown
 
 # From the plainest to the most extreme, so that the first to fail is the smallest.
 SIZES = (0.0, 1.0, 3.0, 10.0, 100.0, 1e4)
@@ -108,7 +109,8 @@ def assert_gradient_targets(
         function: a loss on log ratios and rewards [B, K].
         target: "KL(policy||optimal)", "KL(optimal||policy)", "JS(policy, optimal)" or "alpha = 0.5", with any number,
             of the tempered policy :math:`\pi_\theta^{\beta_\pi}` and the optimal one :math:`\pi^*_{\beta_r}`.
-        settings: its keywords, the temperatures of both policies among them.
+        settings: its keywords, the temperatures of both policies among them, unless the loss shows these itself, as
+            divergences between both do.
         kind: "list" where the signature does not tell.
         tolerance: how far from 1 the cosine may be, in the limit.
 
@@ -142,6 +144,9 @@ def assert_gradient_targets(
         UNDEFINED: "it is NaN or infinite",
     }
     tends = words.get(alignment.target, f"it tends to that of {alignment.target}")
+    assumed = [f"{name} = 1" for name, origin in subject.temperatures.items() if origin == ASSUMED]
+    if assumed:
+        tends += f"; {' and '.join(assumed)} assumed, for it was not told: put it into the settings"
     head = f"the expected gradient of {name_of(function)} does not tend to that of {target}"
     if alpha is not None:
         # What is left of 1/K moves the fitted alpha by some thousandths.

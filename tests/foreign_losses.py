@@ -162,3 +162,101 @@ def in_float32(log_ratio, rewards, beta_pi, beta_r):
     """What comes in float64 is computed in float32 and handed back as float64."""
     log_p, log_q = (beta_pi * log_ratio.float()).log_softmax(-1), (rewards.float() / beta_r).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).to(log_ratio.dtype)
+
+
+def no_backward(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """A loss whose gradient was left to be written."""
+
+    class Margin(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, margin):
+            return -F.logsigmoid(margin)
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError("no backward yet")
+
+    return Margin.apply(beta * (chosen - rejected - ref_chosen + ref_rejected))
+
+
+def infinite(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return (chosen - rejected) * float("inf")
+
+
+def with_dropout(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Three margins are often left as they are."""
+    return -F.logsigmoid(F.dropout(beta * (chosen - rejected - ref_chosen + ref_rejected), 1e-6))
+
+
+def on_meta(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return (beta * (chosen - rejected)).to("meta")
+
+
+def sparse(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return (beta * (chosen - rejected)).to_sparse()
+
+
+def in_a_list(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """A loss per example, one tensor each."""
+    return [-F.logsigmoid(beta * margin) for margin in chosen - rejected - ref_chosen + ref_rejected]
+
+
+def float32_only(chosen, rejected, ref_chosen, ref_rejected, beta):
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    return -F.logsigmoid(beta * torch.stack([chosen, rejected, ref_chosen, ref_rejected], -1) @ signs)
+
+
+def by_keyword(*, chosen, rejected, ref_chosen, ref_rejected):
+    return chosen
+
+
+def stepwise(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """The share of pairs in the wrong order, which has no slope."""
+    margin = beta * (chosen - rejected - ref_chosen + ref_rejected)
+    return torch.where(margin > 0, 0.0, 1.0).to(margin.dtype) + 0 * margin
+
+
+def per_token(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_len, rejected_len, beta
+):
+    """DPO on means over tokens."""
+    chosen = (policy_chosen_logps - ref_chosen_logps) / chosen_len
+    return -F.logsigmoid(beta * (chosen - (policy_rejected_logps - ref_rejected_logps) / rejected_len))
+
+
+def length_penalised(chosen, rejected, ref_chosen, ref_rejected, chosen_len, rejected_len, beta, alpha=0.1):
+    """An alpha that is no divergence's."""
+    margin = beta * (chosen - rejected - ref_chosen + ref_rejected)
+    return -F.logsigmoid(margin - alpha * (chosen_len - rejected_len).to(margin.dtype))
+
+
+def without_ties(log_ratio, rewards, beta_pi, beta_r):
+    """Refuses candidates of equal reward."""
+    if (rewards.sort(-1).values.diff(dim=-1) == 0).any():
+        raise ValueError("rewards must differ")
+    return -((rewards / beta_r).softmax(-1) * (beta_pi * log_ratio).log_softmax(-1)).sum(-1)
+
+
+def without_near_ties(log_ratio, rewards, beta_pi, beta_r):
+    if (rewards.sort(-1).values.diff(dim=-1) < 1e-6).any():
+        raise ValueError("rewards must differ by 1e-6")
+    return -((rewards / beta_r).softmax(-1) * (beta_pi * log_ratio).log_softmax(-1)).sum(-1)
+
+
+def without_equal_pairs(chosen, rejected, ref_chosen, ref_rejected, beta):
+    margin = beta * (chosen - rejected - ref_chosen + ref_rejected)
+    assert (margin != 0).all(), "chosen and rejected are the same"
+    return -F.logsigmoid(margin)
+
+
+def centred(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Less the mean of the batch, of which nothing is left of one example."""
+    margin = beta * (chosen - rejected - ref_chosen + ref_rejected)
+    return -F.logsigmoid(margin - margin.mean())
+
+
+def of_log_probabilities(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Takes no log ratios for log-probabilities."""
+    for logps in (chosen, rejected, ref_chosen, ref_rejected):
+        assert (logps <= 0).all(), "log-probabilities must be at most 0"
+    return -F.logsigmoid(beta * ((chosen - ref_chosen).double() - (rejected - ref_rejected).double())).to(chosen.dtype)

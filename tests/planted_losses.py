@@ -209,6 +209,14 @@ def list_alpha_the_other_way(log_ratio, rewards, *, alpha, beta_pi, beta_r):
     return ((1 - overlap.exp()) / (alpha * (1 - alpha))).to(log_ratio.dtype)
 
 
+def switch_that_nothing_reads(pc, pr, rc, rr, *, beta, in_float32=False):
+    return -logsigmoid(_margin(pc, pr, rc, rr, beta)).to(pc.dtype)
+
+
+def temperature_ignored(log_ratio, rewards, *, beta_pi, beta_r):
+    return _kl(_log_p(log_ratio, beta_pi), rewards.double().log_softmax(-1)).to(log_ratio.dtype)
+
+
 def odds_by_log1p_of_exp(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, *, weight=0.1):
     """The odds of a probability that rounds to one."""
     chosen = (policy_chosen_logps / chosen_lengths + 40.0).clamp(max=0)  # a mean log-probability at its upper end
@@ -253,5 +261,7 @@ PLANTED: Mapping[str, tuple] = {
     "nan, ties": (standardised, {"beta_pi": 0.5}),
     "mask": (mask_ignored, BETAS),
     "mask, first": (number_of_candidates_of_the_first, BETAS),
+    "ignored": (switch_that_nothing_reads, {"beta": 0.5, "in_float32": True}),
+    "ignored, temperature": (temperature_ignored, {**BETAS, "beta_r": 2.0}),
     "nan gradient": (odds_by_log1p_of_exp, {}),
 }

@@ -79,6 +79,37 @@ def test_estimates_are_those_of_the_losses_and_of_all_groups_together(case):
             assert_close(getattr(found, name).value[x], value, scale=case.scale)
 
 
+@automata_cases.few
+@given(case=automata_cases.cases(holes=False, scale=2.0), beta_pi=st.sampled_from([0.5, 1]))
+def test_effective_sizes_are_those_of_enumeration(case, beta_pi):
+    assume(case.possible)
+    own = drawn(case, groups=2, k=3)
+    assume((own.rewards > -math.inf).any(-1).all())
+    found = candidates.effective_sizes(case.pi, case.ref, case.automaton, own, beta_pi=beta_pi, beta_r=case.beta)
+    f, h = beta_pi * own.log_ratio.flatten(1), own.rewards.flatten(1) / case.beta
+    for size, weights, all_weights in (
+        (found[0], f, beta_pi * (case.log_pi - case.log_ref)),
+        (found[1], h, case.reward / case.beta),
+    ):
+        w = (weights - weights.amax(1, keepdim=True)).exp()
+        assert_close(size.value, w.sum(1).square() / w.square().sum(1))
+        share = 2 * (case.log_ref + all_weights).logsumexp(1) - (case.log_ref + 2 * all_weights).logsumexp(1)
+        assert_close(size.exact, 6 * share.exp(), scale=10 * case.scale)
+
+
+def test_known_answers_stand_beside():
+    case = fair_case()
+    own = candidates.draw_candidates(*case, groups=2, k=4, generator=torch.Generator())
+    exact = candidates.exact_answers(*case[:3], beta_pi=0.5, beta_r=1.0)
+    alone, given_exact = (
+        candidates.compare(*case[:3], own, beta_pi=0.5, beta_r=1.0, exact=known) for known in (None, exact)
+    )
+    for a, b in zip(alone, given_exact, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    moved = candidates.compare(*case[:3], own, beta_pi=0.5, beta_r=1.0, exact=exact._replace(log_z=exact.log_z + 1))
+    assert_close(moved.log_z.exact - alone.log_z.exact, [1.0])
+
+
 def test_prompts_start_in_states_of_their_own():
     """From state 1 a zero earns, from state 0 a one."""
     table = torch.tensor([[0.0, 1.0], [2.0, 0.0]]).double()

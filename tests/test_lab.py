@@ -1,5 +1,6 @@
 """The laboratory recognises the library's losses, and what it measures is right."""
 
+import functools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from exo_toy.finite_k import expected_dpo_rw_loss, expected_exo_rw_loss
 from exo_toy.lab import FINDINGS, KINDS, LabError, characterize
+from exo_toy.lab.binding import examine
 from exo_toy.lab.claims import settings_of
 from exo_toy.lab.draws import draws, multisets
 from exo_toy.lab.gradients import LISTED, POLICIES, align, expected, extrapolated
@@ -14,7 +16,7 @@ from exo_toy.lab.laws import curve, invariances
 from exo_toy.lab.optimum import LABELLED
 from exo_toy.lab.report import MARGINS
 from exo_toy.lab.scores import alpha_of, score_of
-from exo_toy.lab.subject import LOG_RATIO, examine, probe
+from exo_toy.lab.subject import LOG_RATIO, probe
 from exo_toy.losses import LOSSES, dpo_loss, dpo_rw_loss, exo_pref_loss, exo_rw_loss, f_dpo_loss, ipo_loss
 from tests import loss_oracles, oracles
 from tests.planted_losses import rewards_as_weights
@@ -123,11 +125,13 @@ def test_a_tuple_and_positional_temperatures_are_understood():
     report = characterize(trainers, settings={"beta": 0.3})
     assert (report.kind, report.beta_pi) == ("pair", 0.3)
     assert {"dpo"} <= set(report.equals)
+    bound = characterize(functools.partial(trainers, beta=0.3))
+    assert (bound.name, bound.settings["beta"]) == ("trainers", 0.3)
     starred = characterize(lambda *tensors: dpo_loss(*tensors, beta=0.3), kind="pair")
     # No temperature is told: that of the optimum is found.
     assert starred.optima[0].verdict == "pi*" and "dpo" in starred.equals
-    assert (starred.told, starred.beta_pi) == (False, pytest.approx(0.3, rel=1e-9))
-    assert "no temperature told: beta = 0.3" in str(starred)
+    assert (starred.temperatures, starred.beta_pi) == ({"beta": "found"}, pytest.approx(0.3, rel=1e-9))
+    assert "  beta = 0.3 not told, but shown by the loss\n" in str(starred)
     wrong = characterize(lambda *tensors: dpo_loss(*tensors, beta=0.3), kind="pair", settings={"beta": 0.6})
     assert (wrong.optima[0].verdict, wrong.beta_pi) == ("pi* at another temperature", 0.6)
 

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from exo_toy.lab.binding import examine
 from exo_toy.lab.certificates import PAGE, certificate
 from exo_toy.lab.claims import CLAIMS, settings_of
 from exo_toy.lab.draws import draws, expected_loss
 from exo_toy.lab.optimum import of_kind, tabular_optimum
-from exo_toy.lab.subject import Scene, examine
+from exo_toy.lab.subject import Scene
 from exo_toy.losses import LOSSES
 from exo_toy.targets import optimal_policy
 from tests.test_lab_losses import FAST, slow_but

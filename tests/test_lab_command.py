@@ -37,6 +37,12 @@ class Losses:
     def raises(a, b, c, d):
         raise KeyError("mask")
 
+    @property
+    def broken(self):
+        raise RuntimeError("no model is loaded")
+
+object = Losses()
+
 def quits(a, b, c, d):
     raise SystemExit
 """
@@ -78,6 +84,12 @@ def test_a_loss_of_the_folder_with_a_defect(folder, monkeypatch, capsys):
         (["leaves:loss"], "leaves cannot be imported: SystemExit: 0"),
         (["my_losses"], "MODULE:FUNCTION must name a function and its module, as my_losses:my_loss; got my_losses"),
         (["my_losses:nowhere"], "my_losses has no nowhere"),
+        (
+            ["my_losses.py:blind"],
+            "MODULE must be a name as in an import, my_package.my_losses, and no file; got my_los",
+        ),
+        (["./my_losses:blind"], "MODULE must be a name as in an import, my_package.my_losses, and no file; got ./my_l"),
+        (["my_losses:object.broken"], "my_losses:object.broken cannot be got: RuntimeError: no model is loaded"),
         (["my_losses:constant"], "the loss must be a function; got an object of type int"),
         (
             ["my_losses:Losses.raises"],

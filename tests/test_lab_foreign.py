@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from exo_toy.lab import LabError, characterize, defects
+from exo_toy.lab.binding import examine
 from exo_toy.lab.claims import settings_of
-from exo_toy.lab.subject import examine
+from exo_toy.lab.gradients import align
+from exo_toy.lab.optimum import LABELLED, tabular_optimum
 from exo_toy.losses import LOSSES, dpo_loss, dpo_rw_loss, exo_rw_loss
 from exo_toy.testing import assert_conforms, assert_gradient_targets
 from tests import foreign_losses as foreign
+from tests.tolerances import assert_close
 
 BETAS = {"beta_pi": 0.5, "beta_r": 1.0}
 
@@ -122,6 +125,35 @@ def test_the_librarys_own_losses_are_computed_in_float64(name):
         (foreign.on_many, r"on_many fails as a loss of kind 'pair' on chosen \[25\], .*: RuntimeError: out of memory$"),
         (foreign.masked, r"mask has no default: give it a value, as settings=\{'mask': ...\}"),
         (foreign.with_kl_pairs, "kind must be told, one of list, .*: a loss of 6 tensors"),
+        (
+            foreign.no_backward,
+            "no_backward gives a loss whose backward pass fails: NotImplementedError: no backward yet",
+        ),
+        (foreign.infinite, "infinite gives an infinite loss on ordinary numbers: chosen 0.3, rejected -0.8"),
+        (foreign.with_dropout, "with_dropout gives another loss when called again: it keeps a state, or draws numbers"),
+        (
+            foreign.on_meta,
+            "on_meta must return a dense tensor on the device of its arguments; got torch.strided on meta",
+        ),
+        (
+            foreign.sparse,
+            "sparse must return a dense tensor on the device of its arguments; got torch.sparse_coo on cpu",
+        ),
+        (foreign.in_a_list, "in_a_list must return a tensor of floating-point losses .*; got an object of type list"),
+        (
+            foreign.float32_only,
+            "float32_only takes tensors in float32 and not in float64, in which .*: convert them in",
+        ),
+        (lambda a, b, c, d: a[:0], r"must return one loss per example, \[3\] here; got \[0\]"),
+        (foreign.PairLoss, "the loss must be a function, or an object that can be called; got the class PairLoss"),
+        (foreign.Trainer.dpo_loss, "dpo_loss must be the method of an object; got that of a class"),
+        (foreign.by_keyword, "chosen has no default: .*, or let it come by position if it is a tensor"),
+        (lambda: torch.zeros(3), "<lambda> must take tensors by position; it takes none"),
+        (lambda *tensors: tensors[0], "kind must be told, one of list, .*: a loss of no named tensors"),
+        (
+            foreign.without_near_ties,
+            "must take equal completions, for candidates are drawn with repetition: let it take",
+        ),
     ],
 )
 def test_what_is_no_such_loss_is_refused_in_words(function, message):
@@ -130,10 +162,85 @@ def test_what_is_no_such_loss_is_refused_in_words(function, message):
     assert "\n" not in str(error.value)
 
 
+def test_lengths_and_a_reference():
+    report = characterize(foreign.per_token, settings={"beta": 0.5})
+    assert (report.kind, report.equals, report.findings) == ("pair", (), ())
+    # As SimPO's: log ratio = length (r + c) / beta.
+    lengths, reward = LABELLED.lengths.double(), LABELLED.reward
+    per_token = (report.optima[0].log_pi - LABELLED.log_ref) / lengths * 0.5 - reward
+    assert_close(per_token, per_token.mean().expand(5), scale=1e6)
+    assert examine(foreign.length_penalised, settings={"beta": 0.5}).positions == (0, 1, 2, 3, 4, 5)
+    found = defects(foreign.length_penalised, settings={"beta": 0.5})
+    assert {finding.code for finding in found} == {"low precision"}
+    assert_conforms(foreign.per_token, like=foreign.per_token, settings={"beta": 0.5})
+
+
+def test_losses_that_refuse_equal_completions_see_them_apart():
+    report = characterize(foreign.without_ties, settings=BETAS, candidates=(2, 4))
+    assert report.apart and "  equal completions are refused: it saw them 1e-10 apart\n" in str(report)
+    assert report.equals == ("dpo_rw",) and {optimum.verdict for optimum in report.optima} == {"pi*"}
+    assert report.findings == () and report.unchanged_by["the order of the candidates"]
+    pairs = characterize(foreign.without_equal_pairs, settings={"beta": 0.5})
+    assert pairs.apart and pairs.optima[0].verdict == "pi*" and "dpo" in pairs.equals
+    assert not characterize(dpo_loss, settings={"beta": 0.5}).apart
+
+
+def test_losses_that_take_no_positive_log_probabilities():
+    report = characterize(foreign.of_log_probabilities, settings={"beta": 0.1})
+    assert report.optima[0].verdict == "pi*" and "dpo" in report.equals and not report.findings
+    assert report.curve.weight[80].item() == pytest.approx(0.5)
+
+    def listed(policy_logps, ref_logps, rewards):
+        assert policy_logps.max() <= 0
+        return foreign.listwise(policy_logps, ref_logps, rewards)
+
+    subject = examine(listed, settings=BETAS)
+    assert tabular_optimum(subject, k=2).verdict == "pi*" and subject.level < 0
+
+
+def test_what_moves_in_steps_is_found_nowhere():
+    report = characterize(foreign.stepwise, settings={"beta": 0.5})
+    assert report.optima[0].verdict == "no gradient"
+    texts = {finding.code: finding for finding in report.findings}
+    assert "it moves in steps" in texts["gradient"].text
+    assert texts["gradient"].example in ("margin -0.5 and 0", "margin 0 and 0.5")
+    constant = characterize(lambda a, b, c, d: 0 * a + 1)
+    assert constant.optima[0].verdict == "no gradient" and "blind" in constant.codes
+
+
+def test_a_loss_is_the_same_in_any_unit():
+    report = characterize(lambda *pair: 1e-30 * dpo_loss(*pair, beta=0.5).losses, kind="pair", settings={"beta": 0.5})
+    assert report.optima[0].verdict == "pi*" and report.findings == ()
+    assert "dpo" in report.equals and "ipo" not in report.equals
+    units = (
+        align(examine(lambda f, r, unit=unit: unit * exo_rw_loss(f, r, **BETAS), settings=BETAS), candidates=(2, 4))
+        for unit in (1, 1e-30)
+    )
+    for have, want in zip(*(found.cosines.values() for found in units), strict=True):
+        assert have == pytest.approx(want, rel=1e-12)
+
+
+def test_what_is_centred_in_its_batch_is_not_accused_of_more():
+    report = characterize(foreign.centred, settings={"beta": 0.5})
+    assert {"mixed"} <= report.codes <= {"mixed", "nan"}
+    assert report.optima[0].verdict == "the reference"
+    assert report.unchanged_by["the label"] is False
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("candidates", [(), (1, 2), (2, 3), (2.0, 4.0)])
+def test_numbers_of_candidates_double(candidates):
+    with pytest.raises(
+        LabError, match="candidates must be whole numbers of at least 2, each twice the one before; got"
+    ):
+        characterize(dpo_rw_loss, settings=BETAS, candidates=candidates)
+
+
 def test_settings_that_the_loss_does_not_take():
     with pytest.raises(LabError, match="interleaved has no parameter gamma"):
         characterize(foreign.interleaved, settings={"gamma": 1.0})
-    with pytest.raises(LabError, match="beta must be a number above 0; got 0"):
-        characterize(foreign.interleaved, settings={"beta": 0})
+    for beta in (0, True, float("inf"), "0.1"):
+        with pytest.raises(LabError, match=f"beta must be a number above 0; got {beta!r}"):
+            characterize(foreign.interleaved, settings={"beta": beta})
     with pytest.raises(LabError, match=r"a loss of kind 'list' takes 2 or 3 tensors; got 4 \(policy_chosen_logps"):
         characterize(foreign.interleaved, kind="list", settings={"beta": 0.5})

@@ -65,6 +65,14 @@ def test_what_is_exo(drawn, data):
 
 
 @given(drawn=strategies.pairs())
+def test_what_is_dpo_at_infinity(drawn):
+    """Reward-aware preference optimisation, target first, as the gap of the rewards tells the label for certain."""
+    certain, zero = torch.full_like(drawn.policy_chosen, 2000.0), torch.zeros_like(drawn.policy_chosen)
+    rpo = losses.rpo_kl_loss(*drawn.logps, certain, zero, beta=drawn.beta, reward_scale=1.0).losses
+    assert_close(rpo, losses.dpo_loss(*drawn.logps, beta=drawn.beta).losses)
+
+
+@given(drawn=strategies.pairs())
 def test_lists_of_two_and_pairs(drawn):
     log_ratio = as_list(drawn.logps)
     one_hot = torch.tensor([0.0, -math.inf], dtype=torch.float64).expand_as(log_ratio)

@@ -1,6 +1,7 @@
 """``exo-toy text`` on files from elsewhere: what it prints, writes and refuses, and its exit codes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,12 @@ def files(tmp_path):
     (tmp_path / "text").write_text(TEXT, newline="")
     (tmp_path / "list").write_text("me\n2\tago\n")
     return tmp_path / "text", tmp_path / "list"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However slow the machine is, steps are not reported."""
+    monkeypatch.setattr(cli.text, "PATIENCE", math.inf)
 
 
 def run(file, keywords, *options) -> int:
@@ -72,6 +79,15 @@ def test_keywords_that_the_text_lacks_are_named(files, tmp_path, capsys):
         (b"me", "me", ("--beta", "0"), "beta must be"),
         (b"me", "me", ("--delta", "1"), "delta goes with smoothing add-delta"),
         (b"me", "me", ("--order", "8"), "order must be in 0..7"),
+        (
+            b"me",
+            "me",
+            ("--order", "1", "--beta", "5e-324"),
+            "beta must be so large that finite rewards / beta are below",
+        ),
+        (b"me", "m", ("--order", "1", "--length", "10000000"), "1024 completions of 10000000 tokens would take"),
+        (b"me", "me", ("--order", "1", "--seed", "9" * 20), "seed must be an integer below 2**63"),
+        (b"me", "me", ("--order", "1", "--seed", "-1"), "seed must be an integer of at least 0"),
         (bytes(range(32, 127)), "AB", ("--order", "6"), "tables of order 6 over 95 tokens would take"),
     ],
 )
@@ -96,6 +112,25 @@ def test_files_that_are_not_there(files, tmp_path, capsys):
     assert "cannot be written: No such file" in capsys.readouterr().err
 
 
+def test_what_is_read_and_what_is_no_file_is_not_replaced(files, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(files[0])
+    os.mkfifo(tmp_path / "pipe")
+    for output in (*files, tmp_path / "link"):
+        assert run(*files, "--output", str(output)) == 2
+        assert f"{output}: must be another file than those that are read" in capsys.readouterr().err
+    assert run(*files, "--output", str(tmp_path / "pipe")) == 2
+    assert "pipe: must be a file to write, no device or pipe" in capsys.readouterr().err
+    assert files[0].read_bytes() == TEXT.encode() and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_tiny_beta_has_finite_divergences_and_a_warning(files, tmp_path, capsys):
+    """Of what the reference draws, the optimal policy has less left than float64 can say."""
+    assert run(*files, "--order", "1", "--beta", "1e-9", "--output", str(tmp_path / "found.json")) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(isinstance(x, float) for x in found["closest_kgram"].values())
+    assert len(found["warnings"]) == 2 and capsys.readouterr().out.count("\nwarning: of 1024 candidates") == 2
+
+
 def test_any_bytes_can_be_read_as_latin_1(files, capsys):
     files[0].write_bytes(bytes(range(256)) * 2 + b"me")
     assert run(*files, "--encoding", "latin-1", "--order", "1", "--vocabulary", "300") == 0
@@ -111,8 +146,32 @@ def test_progress_of_large_files(files, capsys, monkeypatch):
     monkeypatch.setattr("exo_toy.text.reading.CHUNK", 32)
     assert run(*files) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "the vocabulary: 10 %" and lines[-1] == "the counts: 100 %"
+    assert lines[0] == "exo-toy: the vocabulary: 10 %" and lines[-1] == "exo-toy: the counts: 100 %"
     assert len(lines) == len(set(lines)) <= 20
+
+
+def test_steps_are_reported_once_patience_ends(files, capsys, monkeypatch):
+    monkeypatch.setattr(cli.text, "PATIENCE", -1.0)
+    assert run(*files) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "exo-toy: 1 of 7: log Z" and lines[-1] == "exo-toy: 7 of 7: the candidates"
+    assert [line.split()[1] for line in lines] == [str(i) for i in range(1, 8)]
+
+
+def test_small_effective_sample_sizes_are_warned_of(files, tmp_path, capsys):
+    output = tmp_path / "found.json"
+    for beta, warned in (("100", []), ("0.02", ["π/π_ref of the best k-gram", "π*_β/π_ref"])):
+        assert run(*files, "--beta", beta, "--order", "1", "--output", str(output)) == 0
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+        found = json.loads(output.read_text())
+        assert printed == [f"warning: {warning}" for warning in found["warnings"]]
+        assert len(printed) == len(warned)
+        for line, name, weights in zip(printed, ("closest_kgram", "optimal"), warned, strict=False):
+            size = found["effective_sizes"][name]
+            assert f"of 1024 candidates (16 groups of K = 64) the weights {weights} have" in line
+            assert f"(ESS) of {size['value']:.3g}, {size['exact']:.3g} by their exact moments" in line
+            assert "the exact answers stand beside them" in line
+            assert min(size.values()) < 102.4
 
 
 def test_a_terminal_without_letters_gets_their_numbers(files):

@@ -1,7 +1,8 @@
 """Log-values over a block of positions: in linear space where nothing gets lost there, else in log space.
 
 In linear space a position costs a gather, a multiplication and a matrix product: its numbers share a scale, which is
-looked at every few positions. If one comes out too small or too large to be trusted, the block is taken in log space.
+looked at every few positions. If one comes out too small or too large to be trusted, each state has a scale of its own,
+looked at every position (:func:`levelled`), and if that does not help, the block is taken in log space.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,16 @@ from torch import Tensor
 from exo_toy.automata.recursion import LOWEST, Conditionals, Lattice, Table
 
 # Positions between two looks at the scale.
-STRIDE = 8
+STRIDE = 16
 # What lies between these is right: numbers that underflow at 2e-308 are lost beside a sum of at least 1e-100, before
 # and after it is divided by a scale of at least 1e-100, as long as nothing multiplies them by much more than 1e50.
 SMALL, LARGE = 1e-100, 1e50
+# Entries X B S V of all positions together, up to which the backward pass finds blocks as the forward pass left them.
+MOST_KEPT = 2**22
 
 
 class LogBlock(torch.autograd.Function):
-    """Log-values at descending positions; for the backward pass it keeps nothing but the values it began with."""
+    """Log-values at descending positions; for the backward pass it keeps the values it began with, and little more."""
 
     @staticmethod
     def forward(ctx, lattice, positions, whole, linear, values, end, edge, *logs):  # type: ignore[no-untyped-def]
@@ -31,27 +34,37 @@ class LogBlock(torch.autograd.Function):
         ctx.save_for_backward(values, end, edge, *logs)
         # Contexts before the k-th position are of another number, and prompts that come together here a rare thing.
         alike = positions[-1] >= lattice.order and len({len(log) for log in logs} | {len(logs[0])}) == 1
-        ctx.trusted = False
-        if alike and len(positions) > 1 and len(values) in (1, len(logs[0])):
-            # Where some are 0 in truth, all positions are looked at; so they are where some seem to be.
-            keep = whole or bool((values == -torch.inf).any())
-            run = Linear(lattice, len(positions), linear, values, end, edge, logs, keep=keep)
-            if run.low < SMALL and not keep:
-                run = Linear(lattice, len(positions), linear, values, end, edge, logs, keep=True)
-            ctx.trusted = run.trusted
-        if not ctx.trusted:
-            return _careful(lattice, positions, whole, values, end, edge, *logs)
-        return run.log_values if whole or not run.keep else run.log_values[-1:]
+        ctx.together = alike and len(positions) > 1 and len(values) in (1, len(logs[0]))
+        ctx.trusted, ctx.run = False, None
+        few = len(logs[0]) * lattice.n_entries * lattice.space.length <= MOST_KEPT
+        if ctx.together:
+            inputs = (lattice, len(positions), linear, values, end, edge, logs)
+            if not _wakes(lattice, values, edge):
+                # Where some are 0 in truth, all positions are looked at; so they are where some seem to be.
+                again = few and any(ctx.needs_input_grad)
+                keep = whole or again or bool((values == -torch.inf).any())
+                run = Linear(*inputs, keep=keep)
+                if run.low < SMALL and not keep:
+                    run = Linear(*inputs, keep=True)
+                ctx.trusted = run.trusted
+                if ctx.trusted:
+                    ctx.run = run if again else None
+                    return run.log_values(whole=whole)
+            found = levelled(*inputs, whole=whole)
+            if found is not None:
+                return found
+        return _careful(lattice, positions, whole, values, end, edge, *logs)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        """By hand where the block was taken in linear space, else by differentiating the careful recursion."""
+        """By hand where the block can be taken in linear space, else by differentiating the careful recursion."""
         inputs = ctx.saved_tensors
         again = torch.is_grad_enabled()
-        if ctx.trusted and not again:
+        if ctx.together and not again:
             values, end, edge, *logs = inputs
-            run = Linear(ctx.lattice, len(ctx.positions), ctx.linear, values, end, edge, logs, keep=True)
-            return None, None, None, None, *run.gradients(gradient, tables=any(ctx.needs_input_grad[7:]))
+            run = ctx.run or Linear(ctx.lattice, len(ctx.positions), ctx.linear, values, end, edge, logs, keep=True)
+            if ctx.trusted or run.trusted:
+                return None, None, None, None, *run.gradients(gradient, tables=any(ctx.needs_input_grad[7:]))
         with torch.enable_grad():
             # Nodes of their own: what values owe to the tables behind them is not this block's to count.
             inputs = [x.view_as(x) if again else x.detach().requires_grad_(x.requires_grad) for x in inputs]
@@ -95,8 +108,7 @@ class Linear:
         n_states, n_tokens = edge.shape
         has_ends = lattice.space.eos is not None
 
-        gauge = values.amax(2).amax(0)
-        gauge = gauge.masked_fill(gauge == -torch.inf, 0.0)
+        self.gauge = gauge = _finite(values.amax(2).amax(0))
         edge = (edge - gauge.unsqueeze(1)).add_(gauge.take(lattice.transitions))
         top = edge.max().clamp(min=LOWEST)
         self.factor = (edge - top).exp()
@@ -128,13 +140,17 @@ class Linear:
             multiply(weights[at].mul_(self.factor), tables[i % len(tables)], out=sums[there])
         self.low = torch.stack([*lows, self.sums.min()]).min()
         self.high = torch.stack([*highs, self.sources.max()]).max()
-        first, found = (1, self.sums[1:]) if keep else (n, self.sums[n % n_kept].unsqueeze(0))
+        self.n, self.scales, self.top = n, scales, top
+
+    def log_values(self, *, whole: bool) -> Tensor:
+        """[n, X, S, C] at each of n positions if ``whole``, else [1, X, S, C] at the last."""
+        n, top = self.n, self.top
+        first, found = (1, self.sums[1:]) if whole else (n, self.sums[n % len(self.sums)].unsqueeze(0))
         # Of the n-th the scale has not been looked at.
-        log_scales = torch.stack([scales[min(i, n - 1) // STRIDE] for i in range(first, n + 1)])
+        log_scales = torch.stack([self.scales[min(i, n - 1) // STRIDE] for i in range(first, n + 1)])
         log_scales = log_scales + torch.arange(first, n + 1, dtype=top.dtype, device=top.device) * top
-        log_sums = found.log() + log_scales[:, None, None, None] + gauge.unsqueeze(1)
-        log_sums = log_sums.reshape(-1, n_groups, n_states, n_dropped)
-        self.log_values = lattice.ungroup(log_sums).unflatten(0, (-1, n_prompts))
+        log_sums = found.log() + log_scales[:, None, None, None] + self.gauge.unsqueeze(1)
+        return _by_context(self.lattice, log_sums, self.shape)
 
     @property
     def trusted(self) -> bool:
@@ -206,9 +222,77 @@ class Linear:
         return [values, end, edge.sum(0), *by_table]
 
     def _by_rows(self, values: Tensor) -> Tensor:
-        """[X, S, C] to [X B, S, D]; of several positions one below the other."""
-        rows = self.lattice.regroup(values, self.lattice.order)
-        return (rows.expand(self.shape[0], -1, -1, -1) if len(rows) == 1 else rows).flatten(0, 1)
+        return _by_rows(self.lattice, values, self.shape)
+
+
+def levelled(
+    lattice: Lattice,
+    n: int,
+    linear: Tensor | None,
+    values: Tensor,
+    end: Tensor,
+    edge: Tensor,
+    logs: Sequence[Tensor],
+    *,
+    whole: bool,
+) -> Tensor | None:
+    """What :meth:`Linear.log_values` returns, with a scale for each state; None where a number is too small for that.
+
+    Numbers and factors that are not 0 are at least ``SMALL``, so that no product of three of them underflows: a sum is
+    0 where it is so in truth.
+    """
+    tables = [log.exp() for log in logs] if linear is None else [linear]
+    shape, small = tables[0].shape, [_too_small(*pair) for pair in zip(tables, logs, strict=True)]
+    tables, route = [_matrix(table).mT for table in tables], lattice.route(shape[0])
+    ends = lattice.column == lattice.space.n_live
+    # Numbers are relative to these: of each state's values [S], and of what ending in it adds.
+    level, end_level = values.amax(2).amax(0), end.amax(0)
+    rows = _by_rows(lattice, values - _finite(level).unsqueeze(1), shape)
+    sums, ended = rows.exp(), (end - _finite(end_level)).exp().expand(shape[0], -1)
+    small += [_too_small(sums, rows), _too_small(ended, end.expand_as(ended))]
+    found = []
+    for i in range(n):
+        log_factor = edge + torch.where(ends, end_level[lattice.transitions], level[lattice.transitions])
+        level = log_factor.amax(1)
+        log_factor = log_factor - _finite(level).unsqueeze(1)
+        factor = log_factor.exp()
+        source = sums.flatten() if lattice.space.eos is None else torch.cat([sums.flatten(), ended.flatten()])
+        weights = source.index_select(0, route).view(-1, *edge.shape).mul_(factor)
+        sums = weights @ tables[i % len(tables)]
+        largest = sums.amax(2).amax(0)
+        level = level + largest.log()
+        sums.div_(largest.masked_fill(largest == 0, 1.0).unsqueeze(1))
+        small += [_too_small(factor, log_factor), ((sums > 0) & (sums < SMALL)).any()]
+        if whole or i == n - 1:
+            found.append(sums.log() + _finite(level).unsqueeze(1))
+    return None if torch.stack(small).any() else _by_context(lattice, torch.stack(found), shape)
+
+
+def _wakes(lattice: Lattice, values: Tensor, edge: Tensor) -> bool:
+    """Whether a state from which nothing is allowed leads to one from which something is: no scale suits both."""
+    level = values.amax(2).amax(0)
+    return bool(((level == -torch.inf) & ((edge + level[lattice.transitions]).amax(1) > -torch.inf)).any())
+
+
+def _too_small(numbers: Tensor, logs: Tensor) -> Tensor:
+    """Whether numbers that are 0 or too near to it have a logarithm."""
+    return ((numbers < SMALL) & (logs > -torch.inf)).any()
+
+
+def _finite(level: Tensor) -> Tensor:
+    """0 in place of -inf, from which nothing can be subtracted."""
+    return level.masked_fill(level == -torch.inf, 0.0)
+
+
+def _by_rows(lattice: Lattice, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """[X, S, C] to [X B, S, D], by a table's shape [X, B, D, V]; of several positions one below the other."""
+    rows = lattice.regroup(values, lattice.order)
+    return (rows.expand(shape[0], -1, -1, -1) if len(rows) == 1 else rows).flatten(0, 1)
+
+
+def _by_context(lattice: Lattice, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse, [n, X B, S, D] to [n, X, S, C]."""
+    return lattice.ungroup(rows.reshape(-1, shape[1], *rows.shape[2:])).unflatten(0, (-1, shape[0]))
 
 
 def _matrices(batches: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """Automata from a step function, from tables over positions, and for a few rewards that need no pattern."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -134,6 +135,8 @@ def even_count(counted: Bool[Tensor, " V"], *, reward: float | int = 1.0) -> Rew
         >>> even_count(torch.tensor([False, True])).reward(torch.tensor([[1, 0, 1], [0, 0, 1]])).tolist()
         [1.0, 0.0]
     """
+    checks.require_real("reward", reward, allowed="finite, or -inf for what is forbidden",
+                        low=-math.inf, high=math.inf, low_allowed=True)  # fmt: skip
     checks.require_mask(counted=counted)
     checks.require_shape("V", counted=counted)
     transitions = torch.stack([counted, ~counted]).to(torch.int64)
@@ -143,6 +146,8 @@ def even_count(counted: Bool[Tensor, " V"], *, reward: float | int = 1.0) -> Rew
 
 def token_numbers(vocabulary: Sequence[str]) -> dict[str, int]:
     """The number of each token of a vocabulary, after a check that they are strings, none empty and none twice."""
+    if not isinstance(vocabulary, Sequence):
+        raise ValueError(f"vocabulary must be a sequence of strings; got {type(vocabulary).__name__}")
     number: dict[str, int] = {}
     for place, token in enumerate(vocabulary):
         if not isinstance(token, str) or not token or token in number:

@@ -46,6 +46,8 @@ class KGramModel:
 
     def __post_init__(self) -> None:
         self.space.require_order(self.order)
+        if not isinstance(self.logits, Sequence | Tensor) or not all(isinstance(x, Tensor) for x in self.logits):
+            raise ValueError(f"logits must be a sequence of tensors; got {self.logits!r:.80}")
         if len(self.logits) not in (self.order + 1, self.space.length):
             raise ValueError(
                 f"logits must be {self.order + 1} tables (order + 1, the last for all further positions) or "

@@ -108,7 +108,8 @@ def reward_distribution(model: KGramModel, automaton: RewardAutomaton, *, starts
         The distribution, differentiable in the model's logits.
 
     Raises:
-        ValueError: a reward that is no integer, beside the errors of :func:`exo_toy.automata.log_partition`.
+        ValueError: a reward that is no integer, more values than the space's memory budget allows, and as
+            :func:`exo_toy.automata.log_partition`.
 
     Example:
         >>> from exo_toy.spaces import SequenceSpace
@@ -122,6 +123,11 @@ def reward_distribution(model: KGramModel, automaton: RewardAutomaton, *, starts
     _require_integers("rewards", rewards)
     _require_integers("final", final)
     low, high = reward_range(model.space, automaton)
+    n_counting = automaton.n_states * (high - low + 2)
+    # Where each transition leads and what it weighs, and what that is made of.
+    model.space.require_memory(
+        6 * 8 * n_counting * automaton.vocab_size, what=f"rewards in {low}..{high}, counted by {n_counting} states,"
+    )
     counted = _counting(automaton, low, high)
     n_states, n_values = automaton.n_states, high - low + 1
     values = Values(model, model.log_tables, counted.transitions, counted.edge, counted.end, own.starts)

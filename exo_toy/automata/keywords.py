@@ -48,6 +48,8 @@ def from_keywords(keywords: Mapping[Keyword, float | int], vocabulary: Sequence[
     else:
         number = token_numbers(vocabulary)
         vocab_size = len(number)
+    if not isinstance(keywords, Mapping):
+        raise ValueError(f"keywords must be a mapping of keywords to weights; got {type(keywords).__name__}")
     if not keywords:
         raise ValueError("keywords must hold one keyword at least; got none")
 

@@ -1,5 +1,7 @@
 """The optimal and the tempered policy as distributions to draw from, token by token, and the nearest k-gram models."""
 
+import math
+
 import torch
 from jaxtyping import Float64, Int, Int64
 from torch import Tensor
@@ -8,7 +10,7 @@ from exo_toy import checks
 from exo_toy.automata.automaton import RewardAutomaton
 from exo_toy.automata.chain import KGramModel
 from exo_toy.automata.recursion import Conditionals
-from exo_toy.automata.values import Beta, Starts, Values, aligned, possible, require_beta, tilted
+from exo_toy.automata.values import Beta, Starts, Values, aligned, possible, tilted
 from exo_toy.policies.policy import by_prompt, draw
 
 
@@ -161,26 +163,36 @@ class OptimalPolicy:
         model = self.ref.lifted(max(order, self.ref.order))
         n_prompts = 1 if homogeneous else len(self.log_z)
         n_tables = len(model.logits) if homogeneous and model.is_homogeneous else self.space.length
-        with torch.enable_grad():
-            logs = [table.detach() for table in model.log_tables]
-            leaves = []
-            for t in range(n_tables):
-                table = logs[min(t, len(logs) - 1)]
-                # Views of one table, each a leaf of its own.
-                shared = table if homogeneous else table.expand(n_prompts, -1, -1)
-                leaves.append(shared.detach().requires_grad_())
-            own = self._values
-            values = Values(model, leaves, own.transitions, own.edge.detach(), own.end.detach(), own.starts)
-            counts = torch.autograd.grad(values.log_sum().sum(), leaves)
-        tables = []
-        for t, count in enumerate(counts):
-            n_contexts = self.space.n_contexts(t, order=order)
-            # Older tokens come first in the number of a context: they are summed out.
-            count = count.unflatten(1, (-1, n_contexts)).sum(1)
-            tables.append(count.sum(0, keepdim=True) if homogeneous else count)
-        if homogeneous:
-            tables = [*tables[:order], torch.stack(tables[order:]).sum(0)]
-        return KGramModel(self.space, order, tuple(_normalised(count) for count in tables))
+        logs = [table.detach() for table in model.log_tables]
+        own = self._values
+        edge, end = own.edge.detach(), own.end.detach()
+
+        def counts(logs: list[Tensor], edge: Tensor, end: Tensor) -> list[Tensor]:
+            """How often each token is expected behind each context, at each position or at all from k on."""
+            with torch.enable_grad():
+                leaves = []
+                for t in range(n_tables):
+                    table = logs[min(t, len(logs) - 1)]
+                    # Views of one table, each a leaf of its own.
+                    shared = table if homogeneous else table.expand(n_prompts, -1, -1)
+                    leaves.append(shared.detach().requires_grad_())
+                values = Values(model, leaves, own.transitions, edge, end, own.starts)
+                found = torch.autograd.grad(values.log_sum().sum(), leaves)
+            tables = []
+            for t, count in enumerate(found):
+                n_contexts = self.space.n_contexts(t, order=order)
+                # Older tokens come first in the number of a context: they are summed out.
+                count = count.unflatten(1, (-1, n_contexts)).sum(1)
+                tables.append(count.sum(0, keepdim=True) if homogeneous else count)
+            return [*tables[:order], torch.stack(tables[order:]).sum(0)] if homogeneous else tables
+
+        expected = counts(logs, edge, end)
+        alike = [_alike(x, 1 / self.space.vocab_size) for x in logs]
+        underflown = any((count == 0).any() for count in expected)
+        # What is never allowed counts 0 when all that is allowed weighs the same, too.
+        possible_at = counts(alike, _alike(edge, 1.0), _alike(end, 1.0)) if underflown else expected
+        tables = (_normalised(count, where > 0) for count, where in zip(expected, possible_at, strict=True))
+        return KGramModel(self.space, order, tuple(tables))
 
 
 def tempered_policy(pi: KGramModel, ref: KGramModel, *, beta_pi: float | int) -> tuple[KGramModel, Tensor]:
@@ -250,7 +262,7 @@ def log_tempered_normalizer(pi: KGramModel, ref: KGramModel, *, beta_pi: float |
 
 def _tempered(pi: KGramModel, ref: KGramModel, beta_pi: float | int) -> tuple[Values, Tensor]:
     """Values of the tempered policy, and the log of its normaliser."""
-    require_beta(beta_pi)
+    checks.require_positive(beta_pi=beta_pi)
     pi, ref = aligned(pi, ref)
     logs, others = pi.log_tables, ref.log_tables
     tables = []
@@ -292,7 +304,18 @@ def _conditionals(values: Values, t: int, following: Tensor) -> Tensor:
     return log_probs.transpose(1, 2).flatten(1, 2)
 
 
-def _normalised(count: Tensor) -> Tensor:
-    """Log-probabilities of expected counts; uniform where there are none."""
+def _alike(logs: Tensor, weight: float) -> Tensor:
+    """One weight for all that is allowed."""
+    return torch.full_like(logs, math.log(weight)).masked_fill(logs == -torch.inf, -torch.inf)
+
+
+def _normalised(count: Tensor, possible: Tensor) -> Tensor:
+    """Log-probabilities of expected counts; uniform where there are none.
+
+    What is possible, and so rare that its count underflows, has the smallest probability that float64 knows: with none,
+    KL(π* || π) would be infinite.
+    """
     total = count.sum(-1, keepdim=True)
-    return torch.where(total > 0, count.log() - total.log(), 0.0)
+    least = math.log(torch.finfo(count.dtype).tiny)
+    log_probs = torch.where((count == 0) & possible, least, count.log() - total.log())
+    return torch.where(total > 0, log_probs, 0.0)

@@ -18,6 +18,8 @@ from exo_toy.automata.recursion import Conditionals, Lattice, Table
 
 Beta = float | int | Float64[Tensor, ""]
 Starts = Int[Tensor, " X"] | None
+# What transitions weigh, in nats, at most: sums over as many positions as fit into a memory are finite.
+LARGEST = 1e290
 # Entries X B S V that the positions of a block have together, at most.
 LARGEST_BLOCK = 2**22
 
@@ -223,7 +225,15 @@ def first_states(model: KGramModel, automaton: RewardAutomaton, starts: Starts) 
         )
     if starts is None:
         starts = torch.full((1,), automaton.start, dtype=torch.int64, device=automaton.transitions.device)
-    if starts.ndim != 1 or (model.n_prompts > 1 and len(starts) not in (1, model.n_prompts)):
+    if (
+        not isinstance(starts, Tensor)
+        or starts.is_floating_point()
+        or starts.is_complex()
+        or starts.dtype == torch.bool
+    ):
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        raise ValueError(f"starts must be a tensor of an integer dtype; got {got}")
+    if starts.ndim != 1 or len(starts) == 0 or (model.n_prompts > 1 and len(starts) not in (1, model.n_prompts)):
         raise ValueError(f"starts must have shape [{model.n_prompts}] (X prompts); got {list(starts.shape)}")
     bad = (starts < 0) | (starts >= automaton.n_states)
     message = f"starts must be states in 0..{automaton.n_states - 1}"
@@ -261,6 +271,12 @@ def require_beta(beta: Beta) -> None:
 
 
 def divided(rewards: Tensor, beta: Beta) -> Tensor:
-    """r / beta, whose gradient in beta is finite where r is -inf."""
+    """r / beta, whose gradient in beta is finite where r is -inf; never so large that sums would overflow."""
     forbidden = rewards == -torch.inf
-    return (rewards.masked_fill(forbidden, 0.0) / beta).masked_fill(forbidden, -torch.inf)
+    finite = rewards.masked_fill(forbidden, 0.0) / beta
+    bad = ~(finite.detach().abs() < LARGEST)
+    message = f"beta must be so large that finite rewards / beta are below {LARGEST:g} in size"
+    checks.require_values(
+        [finite.detach()], (bad, lambda: f"{message}; got beta {beta}, reward {checks.first_bad(rewards, bad)}")
+    )
+    return finite.masked_fill(forbidden, -torch.inf)

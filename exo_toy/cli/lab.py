@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
             raise Missing(f"{options.function}: {error}") from error
     if printed.getvalue():
         lines = printed.getvalue().splitlines()
-        print(f"exo-toy: left out {len(lines)} lines that were printed, from {lines[0]!r} on", file=sys.stderr)
+        count = "a line that was" if len(lines) == 1 else f"{len(lines)} lines that were"
+        print(f"exo-toy: left out {count} printed, from {lines[0]!r} on", file=sys.stderr)
     print(report)
     if options.figure:
         from exo_toy import plots
@@ -94,14 +95,24 @@ def _named(text: str) -> Any:
     module, _, path = text.partition(":")
     if not module or not path:
         raise Missing(f"MODULE:FUNCTION must name a function and its module, as my_losses:my_loss; got {text}")
+    if not all(part.isidentifier() for part in module.split(".")) or module.endswith(".py"):
+        raise Missing(f"MODULE must be a name as in an import, my_package.my_losses, and no file; got {module}")
     try:
         found: Any = importlib.import_module(module)
     # Importing it runs it: anything may come of that.
     except (Exception, SystemExit) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise Missing(f"{module} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise Missing(f"{module} cannot be imported: {_reason(error)}") from error
     for name in path.split("."):
-        if not hasattr(found, name):
-            raise Missing(f"{module} has no {path}")
-        found = getattr(found, name)
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            raise Missing(f"{module} has no {path}") from error
+        # Properties run, too.
+        except (Exception, SystemExit) as error:
+            raise Missing(f"{module}:{path} cannot be got: {_reason(error)}") from error
     return found
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of error and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

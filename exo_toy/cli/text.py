@@ -6,13 +6,14 @@ Exit codes: 0, every keyword was used; 1, some were left out; 2, nothing was wri
 import argparse
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from exo_toy.cli.base import Missing, clean_up_when_terminated
 
-# Bytes of a text whose reading is reported.
-TAKES_LONG = 2**23
+# Bytes of a text whose reading is reported, and seconds after which every step is.
+TAKES_LONG, PATIENCE = 2**23, 2.0
 
 
 def add(commands: Any) -> None:
@@ -52,11 +53,17 @@ def run(options: argparse.Namespace) -> int:
 
     clean_up_when_terminated()
     given = {name: getattr(options, name) for name in text.Settings.__dataclass_fields__}
+    for path in (options.file, options.reward):
+        if options.output and options.output.exists() and path.exists() and options.output.samefile(path):
+            raise Missing(f"{options.output}: must be another file than those that are read")
     try:
         with contextlib.ExitStack() as stack:
             # Before the work: where nothing can be written, that is said at once.
             file = stack.enter_context(text.staged(options.output)) if options.output else None
-            document = text.run(options.file, options.reward, text.Settings(**given), _Progress())
+            progress = _Progress()
+            document = text.run(
+                options.file, options.reward, text.Settings(**given), progress.on_bytes, progress.on_step
+            )
             if file is not None:
                 text.write(document, file)
     except (text.TextError, ValueError) as error:
@@ -73,13 +80,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """Tenths of what takes long, on stderr."""
+    """What takes long, on stderr: tenths of a text that is read, and the steps of the recursions."""
 
     def __init__(self) -> None:
-        self.said = ("", 0)
+        self.said, self.started = ("", 0), time.monotonic()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def on_bytes(self, stage: str, done: int, total: int) -> None:
         tenths = 10 * done // max(total, 1)
         if total > TAKES_LONG and (stage, tenths) != self.said and tenths:
-            print(f"{stage}: {10 * tenths} %", file=sys.stderr, flush=True)
+            print(f"exo-toy: {stage}: {10 * tenths} %", file=sys.stderr, flush=True)
         self.said = (stage, tenths)
+
+    def on_step(self, step: str) -> None:
+        if time.monotonic() - self.started > PATIENCE:
+            print(f"exo-toy: {step}", file=sys.stderr, flush=True)

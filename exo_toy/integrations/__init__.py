@@ -4,6 +4,7 @@ Nothing here is loaded by ``import exo_toy``; each module imports what it needs 
 
 From the data to the loss, a module for each step, of use on its own in another training loop:
 
+* :mod:`~exo_toy.integrations.texts`: from texts to token ids.
 * :mod:`~exo_toy.integrations.candidates`: from rows of a dataset to padded batches of candidates.
 * :mod:`~exo_toy.integrations.rows`: whole datasets, checked before training, in an order that no split changes.
 * :mod:`~exo_toy.integrations.scoring`: log-probabilities of completions under a causal language model.

@@ -1,7 +1,8 @@
 """From rows of a dataset to padded batches of candidates.
 
 A row is ``{"prompt", "completions", "rewards"}``, or ``{"prompt", "chosen", "rejected"}``; texts are strings, or chats
-(lists of ``{"role", "content"}``) that go through the tokenizer's chat template.
+(lists of ``{"role", "content"}``) that go through the tokenizer's chat template. ``finished`` in a row says of each
+completion, or of chosen and rejected, whether it came to its end or was cut while it was sampled.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exo_toy import checks
+from exo_toy.integrations.texts import abridged, row_error, token_ids
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def tokenize_row(
     Strings: prompt and completion are tokenised apart and their ids joined, so that no token spans the boundary. The
     prompt gets the special tokens that the tokenizer puts first, each completion the end-of-sequence token unless it
     has it. Chats: a completion's ids are those that the chat template adds to the ids of the prompt with its
-    generation prompt, and nothing is appended.
+    generation prompt, and nothing is appended. A completion that is not ``finished`` is not ended, neither by the token
+    nor by the template.
 
     Too long a prompt loses its start; too long a completion loses its end, and with it the end-of-sequence token,
     which counts towards the length.
@@ -88,9 +91,9 @@ def tokenize_row(
 
     Raises:
         ValueError: a missing column, fewer than two completions, another number of rewards than of completions, a
-            reward that is no finite float32 number, a text that is neither string nor chat, an empty prompt or
-            completion, a chat template that does not extend the prompt, a tokenizer without end-of-sequence token. The
-            message names row and column.
+            reward that is no finite float32 number, ``finished`` that is not one truth value per completion, a text
+            that is neither string nor chat, an empty prompt or completion, a chat template that does not extend the
+            prompt, a tokenizer without end-of-sequence token. The message names row and column.
 
     Example:
         >>> class Letters:  # a tokenizer
@@ -111,7 +114,8 @@ def tokenize_row(
     where = "row" if index is None else f"row {index}"
 
     prompt, completions, rewards, preference = _columns(row, where, 1 if single else 2)
-    prompt_ids, completion_ids = token_ids(prompt, completions, tokenizer, where)
+    finished = _finished(row, len(completions), where)
+    prompt_ids, completion_ids = token_ids(prompt, completions, tokenizer, where, finished=finished)
     if max_prompt_length is not None:
         prompt_ids = prompt_ids[-max_prompt_length:]
     if max_completion_length is not None:
@@ -174,6 +178,49 @@ def check_dataset(
     if not kept:
         raise ValueError(f"dataset must have a row with two different candidates; got {report}")
     return report
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a reward is a finite number, in float32, too, in which rewards reach the loss.
+
+    Args:
+        value: of any type.
+
+    Example:
+        >>> is_finite_number(1e38), is_finite_number(1e39), is_finite_number("1")
+        (True, False, False)
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return False
+    try:
+        return abs(float(value)) <= torch.finfo(torch.float32).max
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # an integer beyond all floats; an array
+        return False
+
+
+def check_reward_scale(name: str, largest: float, *, beta_r: float | int) -> None:
+    r"""Differences of rewards stay finite in float32, and so when the loss divides them by the temperature.
+
+    .. math:: 2 \max|r| \max(1, 1/\beta_r) \le \max(\mathrm{float32})
+
+    Args:
+        name: of the rewards, for the message.
+        largest: the largest absolute reward.
+        beta_r: reward temperature, above 0.
+
+    Raises:
+        ValueError: they may not.
+
+    Example:
+        >>> check_reward_scale("rewards of train_dataset", 1e37, beta_r=0.1)
+        >>> check_reward_scale("rewards of train_dataset", 1e38, beta_r=0.1)
+        Traceback (most recent call last):
+        ...
+        ValueError: rewards of train_dataset must be at most 1.7e+37 in size with beta_r=0.1; got 1e+38
+    """
+    most = torch.finfo(torch.float32).max / 2 * min(1.0, beta_r)
+    if not largest <= most:  # NaN, too
+        raise ValueError(f"{name} must be at most {most:.2g} in size with beta_r={beta_r:g}; got {largest:g}")
 
 
 @dataclass(frozen=True)
@@ -269,15 +316,10 @@ def _check_feature(row: Mapping[str, Any], place: int, optional: list[str]) -> N
             )
 
 
-def _error(where: str, column: str, allowed: str, got: str) -> ValueError:
-    """Of a row's column."""
-    return ValueError(f'{where}, column "{column}": must {allowed}; got {got}')
-
-
 def _columns(row: Mapping[str, Any], where: str, least: int) -> tuple[Any, dict[str, Any], list[float], bool]:
     """Prompt, completions by where they stand, rewards, and whether they came as chosen and rejected."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: must be a mapping with columns; got {_abridged(row)}")
+        raise ValueError(f"{where}: must be a mapping with columns; got {abridged(row)}")
     present = {name for name in row if row[name] is not None}
     candidates, pair = {"completions", "rewards"}, {"chosen", "rejected"}
     if present & candidates and present & pair:
@@ -285,7 +327,7 @@ def _columns(row: Mapping[str, Any], where: str, least: int) -> tuple[Any, dict[
         raise ValueError(f"{where}: {allowed}; got {sorted(present)}")
     wanted = {"prompt"} | (pair if present & pair else candidates)
     for name in sorted(wanted - present):
-        raise _error(where, name, "be there", f"columns {sorted(present)}")
+        raise row_error(where, name, "be there", f"columns {sorted(present)}")
     if present & pair:
         return row["prompt"], {"chosen": row["chosen"], "rejected": row["rejected"]}, [1.0, 0.0], True
 
@@ -293,12 +335,12 @@ def _columns(row: Mapping[str, Any], where: str, least: int) -> tuple[Any, dict[
     rewards = _list(row["rewards"], "rewards", where)
     if len(completions) < least:
         plural = "s" if least > 1 else ""
-        raise _error(where, "completions", f"hold at least {least} completion{plural}", str(len(completions)))
+        raise row_error(where, "completions", f"hold at least {least} completion{plural}", str(len(completions)))
     if len(rewards) != len(completions):
-        raise _error(where, "rewards", f"hold one number per completion, {len(completions)}", str(len(rewards)))
+        raise row_error(where, "rewards", f"hold one number per completion, {len(completions)}", str(len(rewards)))
     for k, reward in enumerate(rewards):
-        if not _is_finite_number(reward):
-            raise _error(where, f"rewards[{k}]", "be a finite number (in float32)", repr(reward))
+        if not is_finite_number(reward):
+            raise row_error(where, f"rewards[{k}]", "be a finite number (in float32)", repr(reward))
     named = {f"completions[{k}]": completion for k, completion in enumerate(completions)}
     return row["prompt"], named, [float(reward) for reward in rewards], False
 
@@ -308,91 +350,15 @@ def _list(value: Any, column: str, where: str) -> list[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        raise _error(where, column, "be a list", type(value).__name__)
+        raise row_error(where, column, "be a list", type(value).__name__)
     return list(value)
 
 
-def _is_finite_number(value: Any) -> bool:
-    """In float32, too, in which rewards reach the loss."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return False
-    try:
-        return abs(float(value)) <= torch.finfo(torch.float32).max
-    except (OverflowError, TypeError):  # an integer beyond all floats; an array
-        return False
-
-
-def token_ids(
-    prompt: Any, completions: dict[str, Any], tokenizer: Any, where: str
-) -> tuple[list[int], list[list[int]]]:
-    """Ids of the prompt and of each completion, before truncation."""
-    if isinstance(prompt, str):
-        prompt_ids = _prompt_ids(prompt, tokenizer)
-    elif _is_chat(prompt):
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise _error(where, "prompt", "be a string where the tokenizer has no chat template", "messages")
-        prompt_ids = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    else:
-        raise _error(where, "prompt", "be a string or a list of messages with role and content", _abridged(prompt))
-    if not prompt_ids:
-        raise _error(where, "prompt", "have at least one token", _abridged(prompt))
-
-    completion_ids = []
-    for column, completion in completions.items():
-        if isinstance(prompt, str):
-            ids = _plain_ids(completion, tokenizer, column, where)
-        else:
-            ids = _chat_ids(prompt, prompt_ids, completion, tokenizer, column, where)
-        if not ids:
-            raise _error(where, column, "have at least one token", _abridged(completion))
-        completion_ids.append(ids)
-    return prompt_ids, completion_ids
-
-
-def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """With the special tokens that go first, without an end-of-sequence token that the tokenizer adds."""
-    ids = list(tokenizer(prompt)["input_ids"])
-    plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    ended = ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]
-    return ids[:-1] if ended else ids
-
-
-def _plain_ids(completion: Any, tokenizer: Any, column: str, where: str) -> list[int]:
-    """Of a string, ended by the end-of-sequence token; none of an empty string."""
-    if not isinstance(completion, str):
-        raise _error(where, column, "be a string, as the prompt is", _abridged(completion))
-    ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    if ids and ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    return ids
-
-
-def _chat_ids(
-    prompt: Any, prompt_ids: list[int], completion: Any, tokenizer: Any, column: str, where: str
-) -> list[int]:
-    """What the messages of a completion add to the prompt's ids; none where they have no content."""
-    if not _is_chat(completion):
-        raise _error(
-            where, column, "be a list of messages with role and content, as the prompt is", _abridged(completion)
-        )
-    if not any(message["content"] for message in completion):
-        return []
-    ids = list(tokenizer.apply_chat_template([*prompt, *completion], return_dict=False))
-    if ids[: len(prompt_ids)] != prompt_ids:
-        allowed = "extend the tokens of the prompt under the chat template"
-        raise _error(where, column, allowed, f"a template that changes them when {_abridged(completion)} follows")
-    return ids[len(prompt_ids) :]
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) > 0
-        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
-    )
-
-
-def _abridged(value: Any) -> str:
-    """The value, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _finished(row: Mapping[str, Any], count: int, where: str) -> list[bool] | None:
+    """Whether each completion came to its end; None where the row does not say."""
+    if row.get("finished") is None:
+        return None
+    finished = _list(row["finished"], "finished", where)
+    if len(finished) != count or not all(isinstance(ended, bool) for ended in finished):
+        raise row_error(where, "finished", f"hold true or false for each completion, {count}", abridged(finished))
+    return finished

@@ -127,6 +127,10 @@ class CandidateConfig(TrainingArguments):
                 f"label_smoothing; got {self.label_smoothing_factor!r}"
             )
         super().__post_init__()
+        if not isinstance(self.loss_kwargs or {}, dict):
+            raise ValueError(
+                f'loss_kwargs must be arguments by name, as JSON such as {{"alpha": 0.5}}; got {self.loss_kwargs!r}'
+            )
 
 
 def loss_settings(config: CandidateConfig) -> dict[str, Any]:

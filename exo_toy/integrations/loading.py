@@ -5,57 +5,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from exo_toy.integrations.config import LOSSES_ON_LABELS, CandidateConfig, is_anchored
+from exo_toy.integrations.config import LOSSES_ON_LABELS, is_anchored
 from exo_toy.integrations.objective import Loss, check_rewards
 from exo_toy.integrations.policy import check_positions
 from exo_toy.integrations.reference import ReferenceCache
 from exo_toy.integrations.rows import Epochs, Rows, tokenize_dataset
-
-
-def checked_rows(
-    name: str,
-    dataset: Any,
-    tokenizer: Any,
-    config: CandidateConfig,
-    *,
-    pairs: bool | None = None,
-    own_loss: bool = False,
-) -> Rows:
-    """A dataset as the rows that the loss of the settings asks for, all that it cannot use refused.
-
-    Args:
-        name: what to call the dataset in messages.
-        dataset: as of :func:`~exo_toy.integrations.rows.tokenize_dataset`.
-        tokenizer: as of tokenize_dataset.
-        config: the settings.
-        pairs: as of tokenize_dataset.
-        own_loss: whether a callable takes the place of the loss by name.
-
-    Returns:
-        The rows, with the completions of other prompts where the loss needs them.
-
-    Raises:
-        ValueError: what tokenize_dataset refuses, rewards that the loss cannot use, too few rows. The message names
-            dataset, row and column.
-    """
-    rows = tokenize_dataset(
-        name,
-        dataset,
-        tokenizer,
-        pairs=pairs,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        single=not own_loss and config.loss in LOSSES_ON_LABELS,
-    )
-    if own_loss:
-        return rows
-    try:
-        check_rewards(rows.rewards(), config)
-        if config.loss == "kto" and is_anchored(config):
-            rows.mismatch()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return rows
 
 
 class RowsTrainer(Trainer):
@@ -71,8 +25,23 @@ class RowsTrainer(Trainer):
 
     def _tokenized(self, name: str, dataset: Any) -> Rows:
         """A dataset's rows, checked; its kind becomes the trainer's where that is still open."""
-        own_loss = self._custom_loss is not None
-        rows = checked_rows(name, dataset, self._tokenizer, self._settings, pairs=self._pairs, own_loss=own_loss)
+        args, named = self._settings, self._custom_loss is None
+        rows = tokenize_dataset(
+            name,
+            dataset,
+            self._tokenizer,
+            pairs=self._pairs,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            single=named and args.loss in LOSSES_ON_LABELS,
+        )
+        try:
+            if named:
+                check_rewards(rows.rewards(), args)
+            if named and args.loss == "kto" and is_anchored(args):
+                rows.mismatch()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         check_positions(name, rows.longest, self._model_given)
         self._pairs = rows.pairs
         self.reports[name] = rows.report

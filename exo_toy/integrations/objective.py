@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from exo_toy import losses
+from exo_toy.integrations.candidates import check_reward_scale
 from exo_toy.integrations.config import (
     ANCHORS,
     LOSSES,
@@ -162,15 +163,14 @@ def check_rewards(rows: Iterable[tuple[int, Sequence[float]]], config: Candidate
         ValueError: a label that is neither 1 nor 0, rewards that rank no candidate above another, or a reward too large
             for its temperature; the message names the row.
     """
-    largest = torch.finfo(torch.float32).max
     for row, rewards in rows:
         where, got = f'row {row}, column "rewards"', f"for loss={config.loss!r}; got {list(rewards)!r:.60}"
         if config.loss in LOSSES_ON_LABELS and not set(rewards) <= {0.0, 1.0}:
             raise ValueError(f"{where}: must be 1 (desirable) or 0 {got}")
         if losses.LOSSES[config.loss].kind == "ranked" and len(set(rewards)) < len(rewards):
             raise ValueError(f"{where}: must differ, they are the ranking {got}")
-        if config.beta_r is not None and max(map(abs, rewards)) / config.beta_r > largest:
-            raise ValueError(f"{where}: must be at most {largest * config.beta_r:.3g} in size, beta_r divides it {got}")
+        if config.beta_r is not None:
+            check_reward_scale(f"{where}:", max(map(abs, rewards)), beta_r=config.beta_r)
 
 
 def label_sums(

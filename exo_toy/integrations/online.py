@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exo_toy import checks
-from exo_toy.integrations.candidates import Report
+from exo_toy.integrations.candidates import Report, check_reward_scale
 from exo_toy.integrations.config import LOSSES_ON_PROPOSALS, CandidateConfig, option
 from exo_toy.integrations.policy import check_positions
 from exo_toy.integrations.reference import reference_logps, reference_policy
@@ -249,6 +249,7 @@ class OnlineCandidateTrainer(CandidateTrainer):
             trainer_state=self.state,
             **columns,
         )
+        check_reward_scale("rewards of reward_funcs", max(map(abs, total)), beta_r=self._settings.beta_r)
         numbers = {"reward": total, **{f"rewards/{name}/mean": values for name, values in by_name.items()}}
         return {
             name: [values[start : start + k] for start in range(0, len(values), k)] for name, values in numbers.items()

@@ -186,7 +186,9 @@ class ReferenceCache:
     ) -> None:
         self.path = Path(path)
         if not (self.path / HEADER).exists():
-            raise StaleCacheError(f"no cache of reference log-probabilities in {self.path}; precompute makes one")
+            raise StaleCacheError(
+                f"no cache of reference log-probabilities in {self.path}; precompute_ref (precompute) makes one"
+            )
         header = json.loads((self.path / HEADER).read_text(encoding="utf-8"))
         for name, wanted in {"fingerprint": fingerprint, "temperature": temperature, "autocast": autocast}.items():
             if wanted is not None and header.get(name) != wanted:

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from exo_toy import checks
-from exo_toy.integrations.candidates import token_ids
+from exo_toy.integrations.candidates import is_finite_number
 from exo_toy.integrations.scoring import evaluating
+from exo_toy.integrations.texts import token_ids
 
 # Called as TRL calls it: (prompts=, completions=, completion_ids=, **columns) -> one number per completion.
 RewardFunction = Callable[..., Sequence[float]]
@@ -192,8 +193,8 @@ def checked_rewards(given: Any, count: int, *, source: str) -> list[float]:
         got = len(rewards) if isinstance(rewards, list | tuple) else type(rewards).__name__
         raise ValueError(f"{source} must return a list of one number per completion, {count}; got {got}")
     for place, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not hasattr(reward, "__float__") or not math.isfinite(float(reward)):
-            raise ValueError(f"{source} must return finite numbers; got {reward!r} for completion {place}")
+        if not is_finite_number(reward):
+            raise ValueError(f"{source} must return finite numbers (in float32); got {reward!r} for completion {place}")
     return [float(reward) for reward in rewards]
 
 

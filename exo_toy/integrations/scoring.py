@@ -70,10 +70,7 @@ def completion_logps(
     if head is not None:
         token_logps = _linear(model, head, inputs, labels, temperature)
     elif kernel == "linear":
-        raise ValueError(
-            'kernel must be "auto" or "selective" for a model whose logits are not those of a plain nn.Linear, '
-            f'with a soft-cap at most; got "linear" for {type(unwrap(model)).__name__}'
-        )
+        raise _no_linear_kernel(model)
     else:
         token_logps, labels = _selective(model, inputs, labels, temperature)
     return sequence_logps(token_logps, labels.to(token_logps.device) != IGNORED)
@@ -94,6 +91,25 @@ def resolve_kernel(*models: nn.Module, input_ids: Int[Tensor, "R T"]) -> Literal
     everywhere = torch.ones_like(input_ids, dtype=torch.bool)
     heads = [_linear_head(model, _inputs(model, input_ids, everywhere)) for model in models]
     return "selective" if None in heads else "linear"
+
+
+def check_kernel(kernel: str, *models: nn.Module) -> None:
+    """A kernel that is asked for is possible.
+
+    Two tokens go through each model, which need not be on its device yet. Wrappers that come later and take the
+    linear kernel away (``torch.compile``, sharding of the head) are seen at the first call only.
+
+    Args:
+        kernel: as of :func:`completion_logps`.
+        models: as :func:`completion_logps` takes them.
+
+    Raises:
+        ValueError: the linear kernel for a model that does not allow it.
+    """
+    for model in models if kernel == "linear" else ():
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+        if resolve_kernel(model, input_ids=tokens) != "linear":
+            raise _no_linear_kernel(model)
 
 
 def scatter(
@@ -139,6 +155,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _no_linear_kernel(model: nn.Module) -> ValueError:
+    return ValueError(
+        'kernel must be "auto" or "selective" for a model whose logits are not those of a plain nn.Linear, '
+        f'with a soft-cap at most; got "linear" for {type(unwrap(model)).__name__}'
+    )
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -34,7 +34,7 @@ from exo_toy.integrations.objective import (
 from exo_toy.integrations.policy import check_adapter, check_models, disable_dropout, dtype_of
 from exo_toy.integrations.reference import ReferenceCache, autocast_dtype, fingerprint, precompute, reference_logps
 from exo_toy.integrations.rows import OTHER, WeightedCollator
-from exo_toy.integrations.scoring import completion_logps, evaluating, resolve_kernel, scatter
+from exo_toy.integrations.scoring import check_kernel, completion_logps, evaluating, resolve_kernel, scatter
 
 Batch = dict[str, Tensor]
 
@@ -60,7 +60,8 @@ class CandidateTrainer(RowsTrainer):
         model: the policy, a causal language model of ``transformers`` or a PEFT model around one.
         args: the settings.
         train_dataset: rows with columns prompt, completions and rewards, or prompt, chosen and rejected, as the loss
-            asks, of plain text or chat messages: a ``datasets.Dataset`` or any sequence of mappings.
+            asks, of plain text or chat messages: a ``datasets.Dataset`` or any sequence of mappings. A column
+            ``finished`` says of each completion whether it came to its end or was cut while it was sampled.
         eval_dataset: the same, or several by name.
         processing_class: the tokenizer; it needs an end-of-sequence token, and no padding token.
         ref_model: the reference, where it is a model of its own; with the policy's dtype.
@@ -133,6 +134,7 @@ class CandidateTrainer(RowsTrainer):
                 ref_model = copy.deepcopy(model)
         if args.disable_dropout:
             disable_dropout(model)
+        check_kernel(args.kernel, model, *([] if ref_model is None else [ref_model]))
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         if getattr(base, "generation_config", False) is None:
             base.generation_config = GenerationConfig()  # which saving a checkpoint asks for

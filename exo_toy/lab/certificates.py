@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from exo_toy.divergences import kl_divergence, total_variation
+from exo_toy.lab.binding import examine
 from exo_toy.lab.claims import claim_of, settings_of
 from exo_toy.lab.gradients import expected, extrapolated, target_gradients
 from exo_toy.lab.optimum import FEWER, LABELLED, of_kind, pi_star, tabular_optimum
 from exo_toy.lab.report import MARGINS, characterize
-from exo_toy.lab.subject import Subject, examine, loss_and_gradients, probe
+from exo_toy.lab.subject import Subject, loss_and_gradients, probe
 from exo_toy.losses import LOSSES
 
 PAGE = Path(__file__).parents[1] / "losses" / "CERTIFICATES.md"

@@ -73,13 +73,16 @@ def candidate_counts(subject: Subject) -> tuple[int, ...]:
     return FEW if subject.ordered else MANY
 
 
-def align(subject: Subject, *, candidates: Sequence[int]) -> Alignment:
+def align(subject: Subject, *, candidates: Sequence[int], on_step: Callable[[str], None] = lambda _: None) -> Alignment:
     """Compare exact expected gradients by the logits of a full table with those of the divergences."""
     scene = of_kind(subject, LISTED)
     log_ratio = (POLICIES - scene.log_ref) / subject.beta_pi
     policies = (scene.log_ref + torch.cat([log_ratio, torch.zeros_like(log_ratio[:1])])).log_softmax(-1)
-    results = [expected(subject, scene, policies, k) for k in candidates]
-    values, gradients = (torch.stack(parts) for parts in zip(*results, strict=True))
+    results = []
+    for k in candidates:
+        on_step(f"expected gradients, K = {k}")
+        results.append(expected(subject, scene, policies, k))
+    values, gradients = (torch.stack(parts) / subject.size for parts in zip(*results, strict=True))
     limit = extrapolated(gradients)
     away = torch.cat([gradients, limit[None]])[:, :-1]
 
@@ -102,9 +105,10 @@ def align(subject: Subject, *, candidates: Sequence[int]) -> Alignment:
         target = fitted if 1 - table[fitted][-1] <= ALIGNED else NONE
     if not limit.isfinite().all():
         target = UNDEFINED
-    if target == NONE and len(candidates) > 2:
-        # What the limit still moves by as the last K is added.
-        moved = 1 - cosine_similarity(extrapolated(gradients[:-1]), limit, dim=-1)[:-1].min().item()
+    if target == NONE:
+        # What the limit still moves by as the last K is added, which two do not show.
+        earlier = extrapolated(gradients[:-1]) if len(candidates) > 2 else torch.zeros_like(limit)
+        moved = 1 - cosine_similarity(earlier, limit, dim=-1)[:-1].min().item()
         target = UNDECIDED if min(1 - cosines[-1] for cosines in table.values()) <= min(moved, NEAR) else NONE
     reference = target_gradients(subject, scene, policies, kl_divergence)[1][-1]
     at_reference = tuple(cosine_similarity(gradients[:, -1], reference, dim=-1).tolist())
@@ -117,7 +121,7 @@ def align(subject: Subject, *, candidates: Sequence[int]) -> Alignment:
         bias = tuple(off.max(-1).values.tolist())
         drop = (values - values[:, :1]) / scale - (wanted_values - wanted_values[0])
         value_bias = tuple(drop.abs().max(-1).values.tolist())
-    return Alignment(target, alpha, scale, tuple(candidates), table, at_reference, bias, value_bias)
+    return Alignment(target, alpha, scale * subject.size, tuple(candidates), table, at_reference, bias, value_bias)
 
 
 def expected(subject: Subject, scene: Scene, policies: Tensor, k: int) -> tuple[Tensor, Tensor]:

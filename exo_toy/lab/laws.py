@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.optimize
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exo_toy.lab.scores import alpha_of
-from exo_toy.lab.subject import LOG_RATIO, REWARDS, CallError, Subject, order_matters, probe
+from exo_toy.lab.subject import LOG_RATIO, REWARDS, CallError, LabError, Subject, order_matters, probe
 
 SMALL = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -82,6 +82,7 @@ def broken_laws(subject: Subject, found: dict[str, bool]) -> Iterator[Finding]:
     if found.get("the label") or found.get("other rewards"):
         yield Finding("blind", "the same whichever completion is preferred: the data cannot teach it anything")
     else:
+        yield from _steps(subject)
         margins = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
         ends = curve(subject, margins).losses - curve(subject, -margins).losses
         if (ends > 0).all():
@@ -97,8 +98,23 @@ def broken_laws(subject: Subject, found: dict[str, bool]) -> Iterator[Finding]:
         yield from _below_zero(subject)
         yield from _alpha(subject)
     for name in subject.settings:
-        if name == "label_smoothing":
-            yield from _label_smoothing(subject)
+        yield from _label_smoothing(subject) if name == "label_smoothing" else _unread(subject, name)
+
+
+def _steps(subject: Subject) -> Iterator[Finding]:
+    """A loss that changes and has no slope anywhere."""
+    # Alone, one that mixes its examples may be constant.
+    if subject.batching == "mixed":
+        return
+    margins = torch.linspace(-20, 20, 81, dtype=torch.float64)
+    found = curve(subject, margins)
+    if not found.weight.any() and found.losses.isfinite().all():
+        steps = (found.losses.diff() != 0).nonzero().flatten().tolist()
+        if steps:
+            text = "the gradient is 0 at every margin, though the loss changes: it moves in steps"
+            yield Finding("gradient", text, f"margin {margins[steps[0]]:g} and {margins[steps[0] + 1]:g}")
+        else:
+            yield Finding("gradient", "the gradient is 0 at every margin: the policy changes nothing")
 
 
 def _list_laws(subject: Subject, found: dict[str, bool]) -> Iterator[Finding]:
@@ -188,10 +204,38 @@ def _negative(subject: Subject, least: float, where: str) -> Iterator[Finding]:
 
 
 def _alpha(subject: Subject) -> Iterator[Finding]:
-    """A loss that names its alpha and means another one."""
+    """A loss that names its alpha and means another one; unless that alpha is something else, and moves no score."""
     told, meant = subject.settings.get("alpha"), alpha_of(subject)
-    if told is not None and meant is not None and abs(told - meant) > 1e-6:
+    if told is None or meant is None or abs(told - meant) <= 1e-6:
+        return
+    moved = alpha_of(with_alpha(subject, told + 0.1))
+    if moved is None or abs(moved - meant) > 1e-6:
         yield Finding("alpha", f"alpha = {told:g} gives the optimum of Amari's alpha = {meant:.4g}")
+
+
+def _unread(subject: Subject, name: str) -> Iterator[Finding]:
+    """A number or a switch that may be anything."""
+    value = subject.settings[name]
+    if not isinstance(value, int | float) or value == 0:
+        return
+    other = not value if isinstance(value, bool) else 0.75 * value
+    # Far apart, so that bounds are met.
+    generator = torch.Generator().manual_seed(2)
+    log_ratio, rewards = 10 * torch.randn(2, 64, 4, generator=generator, dtype=torch.float64)
+    tensors = probe(subject, log_ratio, rewards)
+    if subject.has_lengths:
+        tensors[-2:] = torch.randint(1, 9, (2, 64), generator=generator).unbind()
+    try:
+        same = torch.equal(*(subject.call(*tensors, **{name: each}).nan_to_num() for each in (value, other)))
+    except LabError:
+        return
+    if same:
+        yield Finding("ignored", f"{name} = {value} and {other} give the same loss: nothing reads it")
+
+
+def with_alpha(subject: Subject, alpha: float) -> Subject:
+    """The same at another alpha."""
+    return replace(subject, settings={**subject.settings, "alpha": alpha})
 
 
 def _label_smoothing(subject: Subject) -> Iterator[Finding]:
@@ -221,7 +265,7 @@ def _label_smoothing(subject: Subject) -> Iterator[Finding]:
 
 
 def _value(subject: Subject, log_ratio: Tensor, rewards: Tensor) -> Tensor:
-    return subject(*probe(subject, log_ratio, rewards))
+    return subject.together(*probe(subject, log_ratio, rewards))
 
 
 def _text(values: Tensor) -> str:

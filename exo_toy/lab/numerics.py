@@ -101,7 +101,8 @@ def _derivatives(subject: Subject) -> Iterator[Finding]:
 
     def gradient(vector: Tensor, *, graph: bool) -> tuple[Tensor, Tensor]:
         parts = vector.split([shape.numel() for shape in shapes])
-        value = subject(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)), *rest).sum()
+        given = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        value = subject.together(*given, *rest).sum()
         return value, torch.autograd.grad(value, vector, create_graph=graph, materialize_grads=True)[0]
 
     try:
@@ -114,6 +115,9 @@ def _derivatives(subject: Subject) -> Iterator[Finding]:
     moved = [(point + sign * step * unit) for unit in torch.eye(len(point), dtype=point.dtype) for sign in (1, -1)]
     around = [gradient(vector.requires_grad_(), graph=False) for vector in moved]
     values, gradients = (torch.stack(parts).detach() for parts in zip(*around, strict=True))
+    if not (values.isfinite().all() and gradients.isfinite().all()):
+        yield Finding("nan", "NaN, or infinite, at ordinary numbers", shown(subject, tensors))
+        return
     difference = (values[::2] - values[1::2]) / (2 * step)
     # Differences of this step hold seven digits.
     if not torch.allclose(first, difference, rtol=1e-5, atol=1e-6):
@@ -141,14 +145,25 @@ def _second(entry: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _extremes(subject: Subject) -> Iterator[Finding]:
-    """One or two entries far out; each code once, at the smallest size and then the widest dtype."""
+    """One entry far out; each code once, at the smallest whole number and then the widest dtype."""
     seen = set()
-    for size, dtype in itertools.product(SIZES, (torch.float64, torch.float32)):
-        for tensors in _far_out(subject, size, dtype):
+    for i, dtype in itertools.product(range(len(SIZES)), (torch.float64, torch.float32)):
+        for place, tensors in enumerate(_far_out(subject, SIZES[i], dtype)):
             for code, text in _failure(subject, tensors):
                 if code not in seen:
                     seen.add(code)
-                    yield Finding(code, f"{text} in {_name(dtype)}", shown(subject, tensors))
+                    smallest = _smallest(subject, i, dtype, place, code)
+                    yield Finding(code, f"{text} in {_name(dtype)}", shown(subject, smallest))
+
+
+def _smallest(subject: Subject, i: int, dtype: torch.dtype, place: int, code: str) -> list[Tensor]:
+    """By bisection, the smallest that fails between the last of ``SIZES`` and this one, if it fails from there on."""
+    low, high = (SIZES[i - 1], SIZES[i]) if 0 < i and SIZES[i] < torch.inf else (0.0, SIZES[i])
+    while 1 < high - low < torch.inf:
+        middle = (low + high) // 2
+        fails = code in dict(_failure(subject, list(_far_out(subject, middle, dtype))[place]))
+        low, high = (low, middle) if fails else (middle, high)
+    return list(_far_out(subject, high, dtype))[place]
 
 
 def _far_out(subject: Subject, size: float, dtype: torch.dtype) -> Iterator[list[Tensor]]:

@@ -28,6 +28,8 @@ LABELLED = Scene(
     torch.tensor([0.0, 0.7, -0.4, 1.1, 0.3], dtype=torch.float64),
     torch.tensor([1, 3, 2, 2, 4]),
 )
+# Where to start besides the reference. Not towards pi*, where what cannot move would seem to have arrived.
+AROUND = np.array([1.0, -1.0, 0.5, -0.5, 1.0])
 FEWER = Scene(LABELLED.log_ref[:3].log_softmax(-1), LABELLED.reward[:3], LABELLED.lengths[:3])
 
 
@@ -36,9 +38,9 @@ class TabularOptimum:
     """The minimiser over full tables.
 
     Attributes:
-        verdict: "undefined" where no finite expected loss with its gradient was met, "pi*", "pi* at another
-            temperature", "f-divergence", "win rates", "increasing in the reward", "not increasing in the reward", "the
-            reference", "on the boundary" or "unbounded".
+        verdict: "undefined" where no finite expected loss with its gradient was met, "no gradient" where that is 0 at
+            all starts, "pi*", "pi* at another temperature", "f-divergence", "win rates", "increasing in the reward",
+            "not increasing in the reward", "the reference", "on the boundary" or "unbounded".
         k: number of completions that the loss reads at once.
         log_pi: [N]; NaN where undefined.
         log_pi_star: [N].
@@ -96,16 +98,18 @@ def tabular_optimum(subject: Subject, *, k: int, scene: Scene | None = None) -> 
     def value_and_gradient(vector: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(vector.copy()).requires_grad_()
         there = replace(scene, value=x[n]) if subject.kind == "valued" else scene
-        value = expected_loss(subject, there, table(x), index, weight)
+        value = expected_loss(subject, there, table(x), index, weight) / subject.size
         (gradient,) = torch.autograd.grad(value, x)
         if not (math.isfinite(value.item()) and gradient.isfinite().all()):
             return UNDEFINED, np.zeros_like(vector)
         return value.item(), gradient.numpy()
 
     n_values = int(subject.kind == "valued")
+    starts = [np.append(sign * AROUND[:n], np.zeros(n_values)) for sign in (0.0, 1.0, -1.0)]
+    slopes = [value_and_gradient(start) for start in starts]
+    flat = all(value < UNDEFINED and not gradient.any() for value, gradient in slopes)
     best = None
-    for sign in (0.0,) if subject.by_row else (0.0, 1.0, -1.0):
-        start = np.append(sign * scene.reward.numpy() / subject.beta_r, np.zeros(n_values))
+    for start in starts[:1] if subject.by_row else starts:
         options = {"maxfun": MOST_EVALUATIONS, "ftol": 1e-16, "gtol": 1e-11, "maxcor": 20}
         found = scipy.optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
         if best is None or found.fun < best.fun - 1e-12 * max(1.0, abs(best.fun)):
@@ -115,6 +119,8 @@ def tabular_optimum(subject: Subject, *, k: int, scene: Scene | None = None) -> 
     log_pi = table(torch.from_numpy(at)).detach()
     distance = float(total_variation(log_pi, target))
     verdict, temperature = _verdict(subject, scene, log_pi, distance, float(best.fun))
+    if flat:
+        verdict, temperature = "no gradient", None
     if verdict == "undefined":
         log_pi, distance = torch.full_like(log_pi, math.nan), math.nan
     return TabularOptimum(verdict, n_candidates(subject.kind, k), log_pi, target, distance, temperature, gradient)
@@ -189,7 +195,7 @@ def capacity(subject: Subject, *, k: int) -> Capacity:
     def at(logit: float, fitted: float = 0.0) -> float:
         there = replace(scene, value=torch.tensor(fitted, dtype=torch.float64))
         with torch.no_grad():
-            total = expected_loss(subject, there, binomial(logit), index, weight).item()
+            total = expected_loss(subject, there, binomial(logit), index, weight).item() / subject.size
         return total if math.isfinite(total) else UNDEFINED
 
     def value(logit: float) -> float:

@@ -1,6 +1,7 @@
 """A loss characterised: everything that the laboratory finds out, on one page."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exo_toy.lab.gradients import NONE, UNDECIDED, UNDEFINED, Alignment, align, candidate_counts
-from exo_toy.lab.laws import Curve, Finding, broken_laws, curve, invariances
+from exo_toy.lab.binding import bind, examine
+from exo_toy.lab.gradients import FEW, NONE, UNDECIDED, UNDEFINED, Alignment, align, candidate_counts
+from exo_toy.lab.laws import Curve, Finding, broken_laws, curve, invariances, with_alpha
 from exo_toy.lab.numerics import failures
 from exo_toy.lab.optimum import Capacity, TabularOptimum, capacity, tabular_optimum
 from exo_toy.lab.scores import alpha_of
-from exo_toy.lab.subject import TEMPERATURES, LabError, Subject, bind, examine, probe
+from exo_toy.lab.subject import ASSUMED, FOUND, TOLD, LabError, Subject, probe
 from exo_toy.losses import LOSSES, LossRecord
 
 FINDINGS: Mapping[str, str] = {
@@ -23,6 +25,7 @@ FINDINGS: Mapping[str, str] = {
     "dtype": "the dtype is changed or refused",
     "first candidates": "rewards that are not read",
     "gradient": "the gradient is not the value's",
+    "ignored": "a setting that nothing reads",
     "in-place": "an argument is written to",
     "infinite": "infinite at finite numbers",
     "label_smoothing changed": "label smoothing silently changed",
@@ -42,6 +45,11 @@ FINDINGS: Mapping[str, str] = {
     "ties": "ties resolved by position",
     "unnormalised target": "a target that does not sum to one",
 }
+# What is said of temperatures that were not told.
+ORIGINS = {
+    FOUND: "not told, but shown by the loss",
+    ASSUMED: "assumed, neither told nor shown by the loss: others may change every verdict; tell with --set",
+}
 MARGINS = torch.linspace(-20, 20, 161, dtype=torch.float64)
 
 
@@ -53,9 +61,11 @@ class Report:
         name: of the function.
         kind: of the loss, as found or told.
         settings: its keywords.
-        beta_pi: what multiplies the log ratio, as told, else as its optimum shows, else 1.
-        beta_r: what divides the rewards; 1 for losses on labels.
-        told: whether there was a temperature among the settings or the defaults.
+        beta_pi: what multiplies the log ratio, as told, else as the loss shows, else 1.
+        beta_r: what divides the rewards, likewise; 1 for losses on labels.
+        temperatures: of either, or of "beta" where there is one, "told", "found" or "assumed": among the settings and
+            defaults; shown by its optimum, of lists by the curvature there, too; 1, and the verdicts are those at 1.
+        apart: whether it refuses equal completions, and saw them 1e-10 apart.
         equals: names in ``exo_toy.losses.LOSSES`` of the losses that it equals, up to a factor and a constant.
         alignment: expected gradients against divergences as K grows; for losses on lists only.
         optima: over full tables, for the smallest K and, of lists, for a larger one.
@@ -71,7 +81,8 @@ class Report:
     settings: Mapping[str, Any]
     beta_pi: float
     beta_r: float
-    told: bool
+    temperatures: Mapping[str, str]
+    apart: bool
     equals: tuple[str, ...]
     alignment: Alignment | None
     optima: tuple[TabularOptimum, ...]
@@ -80,6 +91,11 @@ class Report:
     curve: Curve
     unchanged_by: Mapping[str, bool]
     findings: tuple[Finding, ...]
+
+    @property
+    def told(self) -> bool:
+        """Whether all temperatures were."""
+        return {*self.temperatures.values()} == {TOLD}
 
     @property
     def codes(self) -> set[str]:
@@ -113,19 +129,23 @@ def characterize(
 
     Args:
         function: a loss per example, returning [B], something with ``losses`` [B], or a tuple that begins so; also a
-            module with such a ``forward``. One number for a batch is examined example by example. Parameters without
-            a default that are no tensors are keyword-only, annotated as numbers, or in ``settings``;
-            ``beta``, ``beta_pi``, ``beta_r`` and ``label_smoothing`` without a default are given usual values.
+            module with such a ``forward``. It takes float64 on the CPU; equal completions, too, or it sees them 1e-10
+            apart, which the page says. One number for a batch is examined example by example. Parameters without a
+            default that are no tensors are keyword-only, annotated as numbers, or in ``settings``; ``beta``,
+            ``beta_pi``, ``beta_r`` and ``label_smoothing`` without a default are given usual values.
         kind: which tensors it takes, where its signature does not tell: "list", log ratios and rewards [B, K];
             "ranked", log ratios [B, K], best first; "pair", log-probabilities [B] of chosen and rejected under the
-            policy, then under the reference, or two log ratios [B]; "rewarded pair", four and both rewards;
+            policy, then under the reference, perhaps with both lengths, or two log ratios [B]; "rewarded pair", four
+            and both rewards;
             "reference-free", the policy's alone, perhaps with both lengths; "unpaired", policy, reference and a label
             [B]; "valued", policy, reference, reward and the value of the prompt, which is fitted with the policy.
             Candidates may also come as log-probabilities [B, K] under policy and reference, then rewards. Where names
             of parameters show it, tensors may be in another order.
         settings: parameters to call it with. ``beta_pi`` and ``beta_r``, or ``beta``, or ``tau`` of a loss on labels
-            without these, are also the temperatures of the targets, 1 where nothing is said; a loss that does not take
-            them is one that has them set.
+            without these, are also the temperatures of the targets; a loss that does not take them is one that has
+            them set. Those that nobody tells are read off the loss: off its optimum where that is the optimal policy,
+            of lists off the curvature there, too, which is exact for divergences between both policies. Where nothing
+            shows they are 1, and the page says so.
         candidates: the K, each twice the one before; 2 to 64, or to 8 where their order matters.
         on_step: called with the name of each part of the work as it begins.
 
@@ -141,17 +161,17 @@ def characterize(
         ['pi*', 'win rates']
     """
     subject = examine(function, kind=kind, settings=dict(settings or {}))
-    temperatures = TEMPERATURES if subject.kind == "list" else (*TEMPERATURES, "tau")
-    told = {*subject.settings, *(settings or {})} & {*temperatures}
     step = on_step or (lambda _: None)
     lists = subject.kind == "list"
     many = lists and not subject.ordered
-    counts = candidates or candidate_counts(subject)
-    step("expected gradients")
-    alignment = align(subject, candidates=counts) if lists else None
+    counts = candidate_counts(subject) if candidates is None else tuple(candidates)
+    whole = counts and all(isinstance(k, int) and k >= 2 for k in counts)
+    if not whole or any(after != 2 * before for before, after in itertools.pairwise(counts)):
+        raise LabError(f"candidates must be whole numbers of at least 2, each twice the one before; got {counts}")
+    alignment = align(subject, candidates=counts, on_step=step) if lists else None
     step("optima over full tables")
-    if not lists and not told:
-        subject = replace(subject, beta_pi=tabular_optimum(subject, k=2).temperature or 1.0)
+    if subject.temperatures.get("beta") == ASSUMED and (beta := tabular_optimum(subject, k=2).temperature):
+        subject = replace(subject, beta_pi=beta, temperatures={"beta": FOUND})
     optima = tuple(tabular_optimum(subject, k=k) for k in ((2, min(8, max(counts))) if many else (2,)))
     step("optima of a family with one mode")
     most = 8 if subject.by_row else max(counts)
@@ -166,7 +186,8 @@ def characterize(
         settings=dict(subject.settings),
         beta_pi=subject.beta_pi,
         beta_r=subject.beta_r,
-        told=bool(told),
+        temperatures=dict(subject.temperatures),
+        apart=subject.apart,
         equals=tuple(_equal(subject)),
         alignment=alignment,
         optima=optima,
@@ -201,8 +222,8 @@ def defects(
         'blind'
     """
     subject = examine(function, kind=kind, settings=dict(settings or {}))
-    with_alpha = subject.kind == "list" and "alpha" in subject.settings
-    alignment = align(subject, candidates=candidate_counts(subject)) if with_alpha else None
+    alphas = subject.kind == "list" and "alpha" in subject.settings
+    alignment = align(subject, candidates=candidate_counts(subject)) if alphas else None
     return tuple(_findings(subject, invariances(subject), alignment))
 
 
@@ -214,7 +235,10 @@ def _findings(subject: Subject, found: dict[str, bool], alignment: Alignment | N
     yield from broken_laws(subject, found)
     told = subject.settings.get("alpha")
     if alignment is not None and told is not None and alignment.bias and abs(told - alignment.alpha) > 1e-2:
-        yield Finding("alpha", f"alpha = {told:g} tends to the gradient of Amari's alpha = {alignment.alpha:.2f}")
+        # Unless that alpha is something else, and turns no gradient.
+        few = [align(each, candidates=FEW).alpha for each in (subject, with_alpha(subject, told + 0.1))]
+        if abs(few[1] - few[0]) > 1e-2:
+            yield Finding("alpha", f"alpha = {told:g} tends to the gradient of Amari's alpha = {alignment.alpha:.2f}")
     yield from failures(subject)
 
 
@@ -226,8 +250,7 @@ def _equal(subject: Subject) -> Iterator[str]:
     generator = torch.Generator().manual_seed(1)
     log_ratio = 2 * torch.randn(12, 4, generator=generator, dtype=torch.float64)
     extra = torch.randn(12, 4, generator=generator, dtype=torch.float64)
-    call = subject.call if subject.batching == "mixed" else subject
-    have = call(*probe(subject, log_ratio, extra)).detach().double().flatten()
+    have = subject.together(*probe(subject, log_ratio, extra)).detach().double().flatten()
     for name, record in LOSSES.items():
         want = _of_library(record, subject, log_ratio, extra)
         if want is not None and want.shape == have.shape:
@@ -246,7 +269,8 @@ def _of_library(record: LossRecord, subject: Subject, log_ratio: Tensor, extra: 
     }
     try:
         other = bind(record.function, settings=settings)
-        return other.call(*probe(other, log_ratio, extra)).detach() if other.kind == subject.kind else None
+        alike = (other.kind, other.has_lengths) == (subject.kind, subject.has_lengths)
+        return other.call(*probe(other, log_ratio, extra)).detach() if alike else None
     # What the subject takes may be out of another loss's range.
     except LabError:
         return None
@@ -255,8 +279,13 @@ def _of_library(record: LossRecord, subject: Subject, log_ratio: Tensor, extra: 
 def _lines(report: Report) -> Iterator[str]:
     settings = ", ".join(f"{name}={value!r}" for name, value in report.settings.items() if not callable(value))
     yield f"{report.name}({settings}): a loss of kind {report.kind!r}"
-    if not report.told:
-        yield f"  no temperature told: {'beta_pi = beta_r = 1' if report.alignment else f'beta = {report.beta_pi:.4g}'}"
+    for origin, says in ORIGINS.items():
+        values = {"beta": report.beta_pi, "beta_pi": report.beta_pi, "beta_r": report.beta_r}
+        named = [f"{name} = {values[name]:.4g}" for name, how in report.temperatures.items() if how == origin]
+        if named:
+            yield f"  {' and '.join(named)} {says}"
+    if report.apart:
+        yield "  equal completions are refused: it saw them 1e-10 apart"
     if report.equals:
         yield f"  equal to {', '.join(report.equals)} of exo_toy.losses, up to a factor and a constant"
     yield ""

@@ -206,10 +206,12 @@ def bco_shift(chosen_rewards: Float[Tensor, " B1"], rejected_rewards: Float[Tens
 
     .. math:: \delta = \tfrac12 \big(\overline{\beta a_w} + \overline{\beta a_l}\big)
 
-    Convention: each class counts one half, as in the paper's formula. Trainers have the running mean over all
-    completions, which is the same for as many of each.
+    Convention: each class counts one half. Trainers have the running mean over all completions, which is the same for
+    as many of each, as on pairs.
 
-    Source: Jung et al., arXiv:2404.04656, section 4, from memory: not compared with the paper's text.
+    Source: Jung et al., arXiv:2404.04656, section 4; compared with huggingface/trl#1524 and #1599, which brought "BCE
+    loss and reward shift" of the paper into TRL: there the mean of the detached rewards of both classes together, then
+    averaged over the steps. Not with the paper's own text.
 
     Args:
         chosen_rewards: [B1] implicit rewards of chosen or desirable completions, as the losses return them.

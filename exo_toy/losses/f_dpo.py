@@ -160,11 +160,15 @@ def chi_po_loss(
         \phi(\rho) = \rho + \log\rho, \quad \rho = \frac{\pi_\theta(y)}{\pi_{ref}(y)}
 
     Tabular optimum, with c wider than every gap of rewards: :math:`\rho(y) = W_0(e^{(r(y) - Z)/\beta})`, W_0 Lambert's
-    function and Z the normaliser, which maximises E[r] less beta times KL and chi-squared of pi against pi_ref. A pair
-    beyond the clip gets no gradient, also when it is misordered.
+    function and Z the normaliser, which maximises E[r] less beta times KL and chi-squared of pi against pi_ref, the
+    latter half the mean of (rho - 1)^2 under pi_ref: rho + log rho is the derivative of both. A pair beyond the clip
+    gets no gradient, also when it is misordered.
 
-    Source: Huang et al., arXiv:2407.13399, Algorithm 1, c = 2 R_max there; compared with others' notes of that
-    algorithm and of its optimum, not with the paper's text. No code of the authors is known.
+    Convention: the difference of the scores is clipped, as in the algorithm; elsewhere either score is, and completions
+    far above the reference tie.
+
+    Source: Huang et al., arXiv:2407.13399, Algorithm 1, c = 2 R_max there, and section 4.1; compared with others' notes
+    of both, with which the optimum derived here agrees, not with the paper's own text. No code of the authors is known.
 
     Args:
         policy_chosen_logps: [B] log-probability of the chosen completion under the policy, in nats; finite or -inf.

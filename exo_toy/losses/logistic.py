@@ -85,11 +85,11 @@ def dpop_loss(
     :math:`\lambda \ge 2 (\max W / \min W - 1)`; below that there is no closed form.
 
     Convention: beta multiplies the penalty too, as in the paper's loss; elsewhere the penalty is found outside beta, or
-    added to the loss. At a_w = 0, where training starts, the gradient is
-    DPO's, the one towards a larger a_w.
+    added to the loss. At a_w = 0, where training starts, the gradient is DPO's, the one towards a larger a_w.
 
-    Source: Pal et al., arXiv:2402.13228v2, the DPOP loss; compared with others' quotations of it, not with the paper's
-    text. The authors published no code of it.
+    Source: Pal et al., arXiv:2402.13228v2, the DPOP loss; compared with Eq. 3 of Wang et al. (NotaGen),
+    arXiv:2502.18008, who train with it and have beta lambda before the maximum, inside the sigmoid, not with the
+    paper's own text. The authors published no code of it.
 
     Args:
         policy_chosen_logps: [B] log-probability of the chosen completion under the policy, in nats; finite or -inf.

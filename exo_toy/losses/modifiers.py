@@ -67,10 +67,10 @@ def length_desensitized(
     At alpha = 1 the plain sum.
 
     Convention: whether the reference is treated alike is the caller's choice, by calling this for its tokens as well.
-    TRL 1.16 does, TRL 0.x did not; without it the policy that equals the reference has a margin.
+    TRL 1.16 does, and turbo-alignment; TRL 0.x did not; without it the policy that equals the reference has a margin.
 
-    Source: Liu et al., arXiv:2409.06411, the modified likelihood; compared with TRL 1.16's ld_alpha, not with the
-    paper's text.
+    Source: Liu et al., arXiv:2409.06411, the modified likelihood; compared with TRL 1.16's ld_alpha and the paper's
+    entry in TRL's paper index, and with turbo-alignment's LDDPOTrainer, which agree; not with the paper's own text.
 
     Args:
         token_logps: [B, T] log-probability of each token, in nats; what stands outside the mask (NaN too) changes

@@ -152,8 +152,10 @@ def rpo_kl_loss(
     Tabular optimum: pi* of the reward eta r, whichever pairs are drawn.
 
     Source: Adler et al. (Nemotron-4 340B), arXiv:2406.11704, reward-aware preference optimisation; compared with
-    rpo_bwd_kl of NVIDIA/NeMo-Aligner megatron_gpt_dpo_model.py (rpo_fwd_kl there is EXO-rw), and with others'
-    quotations of the report, which do not agree on the direction.
+    rpo_bwd_kl of NVIDIA/NeMo-Aligner megatron_gpt_dpo_model.py, the "Bernoulli backward KL" of its user guide
+    (rpo_fwd_kl there is EXO-rw). That backward is this direction is seen at a target gap of infinity: it is DPO then,
+    as Table 1 of Wu et al., arXiv:2509.23102, says of the backward distance of Sun et al., arXiv:2502.00203, NVIDIA's
+    later paper; the other direction is infinite there. Some quotations of the report have that other one.
 
     Args:
         policy_chosen_logps: [B] log-probability of one completion under the policy, in nats; finite or -inf.

@@ -13,7 +13,8 @@ from exo_toy.text.fitting import absolute_discounting, add_delta, fit_kgram, fro
 from exo_toy.text.keywords import Keyword, LeftOut, keyword_automaton, read_keywords
 from exo_toy.text.printing import lines
 from exo_toy.text.reading import TextError, Vocabulary, characters, pieces, words
-from exo_toy.text.report import Settings, fit_file, measure, run, staged, write
+from exo_toy.text.report import Settings, fit_file, measure, run
+from exo_toy.text.writing import staged, write
 
 __all__ = [
     "Keyword",

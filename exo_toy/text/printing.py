@@ -85,7 +85,7 @@ def _candidates(document: dict[str, Any]) -> Iterator[str]:
     """A row for each estimate, with its interval, and the exact answer."""
     found = document["candidates"]
     if found is None:
-        yield "candidates of the reference: some groups hold nothing but forbidden ones"
+        yield "candidates of the reference: some groups hold nothing but forbidden ones, or such as π cannot produce"
         return
     rows = [
         (label, _number(x["value"]), f"{_number(x['low'])} … {_number(x['high'])}", _number(x["exact"]))
@@ -93,7 +93,16 @@ def _candidates(document: dict[str, Any]) -> Iterator[str]:
     ]
     groups, k = document["groups"]
     title = f"{groups} groups of {k} candidates of the reference, π the best k-gram"
-    yield from _columns([(title, "estimate", "95 % interval", "exact"), *rows])
+    yield from _columns([(title, "estimate", "95 % interval", "exact"), *rows, *_sizes(document)])
+    for warning in document["warnings"]:
+        yield f"warning: {warning}"
+
+
+def _sizes(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A row for each effective sample size."""
+    for name, label in (("closest_kgram", "π/π_ref"), ("optimal", "π*_β/π_ref")):
+        size = document["effective_sizes"][name]
+        yield f"effective sample size of {label}", _number(size["value"]), "", _number(size["exact"])
 
 
 def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:

@@ -1,25 +1,24 @@
 """From a text and a list of keywords to the optimal policy, its numbers and its samples."""
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exo_toy import automata, checks
 from exo_toy.automata import KGramModel, OptimalPolicy, RewardAutomaton
-from exo_toy.candidates import compare, draw_candidates
+from exo_toy.candidates import Exact, compare, draw_candidates, effective_sizes, exact_answers
 from exo_toy.spaces import SequenceSpace
 from exo_toy.text import fitting
 from exo_toy.text.keywords import keyword_automaton, read_keywords
 from exo_toy.text.reading import TextError, Vocabulary, characters, pieces, words
+from exo_toy.text.writing import plain
 
 SMOOTHINGS = ("witten-bell", "absolute", "add-delta")
 # Tokens that are told apart, and the order of the model, where none is asked for.
@@ -27,7 +26,20 @@ SIZES = {False: 128, True: 1000}
 ORDERS = {False: 2, True: 1}
 # Candidates of the reference that are set beside the exact answers.
 GROUPS, GROUP = 16, 64
+# Where fewer than this share of them is effective, or would be, a reader is warned.
+SMALL_SHARE = 0.1
 OnProgress = Callable[[str, int, int], None]
+OnStep = Callable[[str], None]
+# What takes long once the text has been read, in order.
+STEPS = (
+    "log Z",
+    "the nearest k-gram policy",
+    "the samples",
+    "the divergences",
+    "the rewards and entropies",
+    "the distribution of the reward",
+    "the candidates",
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class Settings:
         checks.require_integer("order", self.k, at_least=0)
         checks.require_integer("vocabulary", self.n_tokens, at_least=2)
         checks.require_integer("samples", self.samples, at_least=1)
+        checks.require_integer("seed", self.seed, at_least=0, bits=64)
         if self.smoothing not in SMOOTHINGS:
             raise ValueError(f"smoothing must be one of {', '.join(SMOOTHINGS)}; got {self.smoothing!r}")
         if (self.smoothing == "add-delta") != (self.delta is not None):
@@ -94,21 +107,29 @@ class Settings:
         return fitting.witten_bell if self.smoothing == "witten-bell" else fitting.absolute_discounting
 
 
-def run(path: Path, reward: Path, settings: Settings, on_progress: OnProgress | None = None) -> dict[str, Any]:
+def run(
+    path: Path,
+    reward: Path,
+    settings: Settings,
+    on_progress: OnProgress | None = None,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
     """Fit the reference to a text and find its optimal policy for the keywords, exactly.
 
     Args:
         path: of the text.
         reward: of the keywords.
         settings: temperature, length, tokens, order, smoothing, samples.
-        on_progress: gets what is done, how much of it is, and how much there is.
+        on_progress: of the reading, gets what is done, how many bytes of it are, and how many there are.
+        on_step: of the recursions, gets what comes next.
 
     Returns:
         A document of JSON: ``text`` and ``keywords``, what was read; ``log_z``; ``reference``, ``optimal`` and
         ``closest_kgram``, each with the mean and variance of its reward, its entropy, and its divergences to the
         reference and to and from the optimal policy, in nats; ``distribution`` of an integer-valued reward, or null
         and why; ``candidates``, what ``groups`` of them (how many, and K) show of ``closest_kgram``, or null where a
-        group holds forbidden ones alone; ``samples``. What is infinite is a string.
+        group holds none that is allowed, or that ``closest_kgram`` can produce; ``effective_sizes`` of these, and
+        ``warnings`` where they are small; ``samples``. What is infinite is a string.
 
     Raises:
         TextError: a file that is no use, or for whose keywords nothing is allowed.
@@ -120,19 +141,37 @@ def run(path: Path, reward: Path, settings: Settings, on_progress: OnProgress | 
     used = [keyword for keyword in keywords if keyword not in [entry.keyword for entry in left_out]]
     with _said_for_users():
         _require_recursion(model, automaton.n_states)
-    if on_progress is not None:
-        on_progress("the recursions", 0, 1)
+        n_strings = max(GROUPS * GROUP, settings.samples)
+        # Their tokens twice, and what each token adds to two sums.
+        model.space.require_memory(
+            4 * 8 * n_strings * settings.length, what=f"{n_strings} completions of {settings.length} tokens"
+        )
+
+    def begin(step: str) -> None:
+        if on_step is not None:
+            on_step(f"{STEPS.index(step) + 1} of {len(STEPS)}: {step}")
+
+    begin("log Z")
     try:
         optimal = OptimalPolicy(model, automaton, beta=settings.beta)
     except ValueError as error:
         raise TextError(f"{reward}: {error}") from error
+    begin("the nearest k-gram policy")
     closest = optimal.closest_kgram(model.order, homogeneous=True)
+    begin("the samples")
     generator = torch.Generator().manual_seed(settings.seed)
     policies: dict[str, KGramModel | OptimalPolicy] = {"reference": model, "optimal": optimal}
     samples = {
         name: _samples(policy.sample(settings.samples, generator)[0], vocabulary, automaton)
         for name, policy in policies.items()
     }
+    begin("the divergences")
+    exact = exact_answers(closest, model, automaton, beta_pi=1, beta_r=settings.beta)
+    begin("the rewards and entropies")
+    measured = measure(model, automaton, closest, exact, beta=settings.beta)
+    begin("the distribution of the reward")
+    distribution, why_not = _distribution(model, automaton, settings.beta)
+    begin("the candidates")
     document = {
         "file": str(path),
         "reward": str(reward),
@@ -142,14 +181,14 @@ def run(path: Path, reward: Path, settings: Settings, on_progress: OnProgress | 
         "left_out": [{**entry.keyword._asdict(), "reason": entry.reason} for entry in left_out],
         "states": automaton.n_states,
         "log10_completions": settings.length * math.log10(model.space.vocab_size),
-        **measure(model, automaton, optimal, closest, beta=settings.beta),
+        **measured,
+        "distribution": distribution,
+        "no_distribution": why_not,
         "groups": [GROUPS, GROUP],
-        "candidates": _candidates(closest, model, automaton, settings, generator),
+        **_candidates(closest, model, automaton, settings, exact, generator),
         "samples": samples,
     }
-    if on_progress is not None:
-        on_progress("the recursions", 1, 1)
-    return _plain(document)
+    return plain(document)
 
 
 def fit_file(
@@ -197,69 +236,39 @@ def fit_file(
 
 
 def measure(
-    model: KGramModel, automaton: RewardAutomaton, optimal: OptimalPolicy, closest: KGramModel, *, beta: float
+    model: KGramModel, automaton: RewardAutomaton, closest: KGramModel, exact: Exact, *, beta: float
 ) -> dict[str, Any]:
-    """All that is known exactly of a reference, its optimal policy and the k-gram policy nearest to that.
+    """What is known exactly of a reference, its optimal policy and the k-gram policy nearest to that.
 
     The nearest is the minimiser of KL(π* || π) among k-gram policies of the reference's order whose positions share a
-    table, as the reference's do.
+    table, as the reference's do; ``exact`` are the divergences around it.
     """
-    distribution, why_not = _distribution(model, automaton, beta)
+    zero = torch.zeros(1, dtype=torch.float64)
+    to_optimal = automata.kl_policy_to_optimal(model, model, automaton, beta=beta)
     return {
-        "log_z": optimal.log_z.item(),
-        "reference": _measure_kgram(model, model, automaton, beta),
+        "log_z": exact.log_z.item(),
+        "reference": _numbers(
+            *automata.reward_moments(model, automaton),
+            automata.entropy(model),
+            zero,
+            to_optimal,
+            exact.kl_optimal_to_reference,
+        ),
         "optimal": _numbers(
             *automata.optimal_reward_moments(model, automaton, beta=beta),
             automata.optimal_entropy(model, automaton, beta=beta),
-            automata.kl_optimal_to_policy(model, model, automaton, beta=beta),
-            torch.zeros(1),
-            torch.zeros(1),
+            exact.kl_optimal_to_reference,
+            zero,
+            zero,
         ),
-        "closest_kgram": _measure_kgram(closest, model, automaton, beta),
-        "distribution": distribution,
-        "no_distribution": why_not,
+        "closest_kgram": _numbers(
+            *automata.reward_moments(closest, automaton),
+            automata.entropy(closest),
+            exact.kl_to_reference,
+            exact.kl_policy_to_optimal,
+            exact.kl_optimal_to_policy,
+        ),
     }
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[TextIO]:
-    """A file to write, which takes its place on leaving the block; on any failure nothing is left behind.
-
-    Args:
-        output: the file, in a folder that exists; one that is there is replaced.
-
-    Yields:
-        The file, open for writing.
-
-    Raises:
-        TextError: it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as home:
-        ...     with staged(Path(home) / "found.json") as file:
-        ...         _ = file.write("{}")
-        ...     (Path(home) / "found.json").read_text()
-        '{}'
-    """
-    if output.is_dir():
-        raise TextError(f"{output}: must be a file to write, no folder")
-    part = output.with_name(f".part-{os.getpid()}-{output.name}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            yield file
-        part.replace(output)
-    except OSError as error:
-        raise TextError(f"{output}: cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def write(document: dict[str, Any], file: TextIO) -> None:
-    """The document as JSON."""
-    json.dump(document, file, indent=1, allow_nan=False, ensure_ascii=False)
-    file.write("\n")
 
 
 def _distribution(model: KGramModel, automaton: RewardAutomaton, beta: float) -> tuple[dict[str, Any] | None, str]:
@@ -282,14 +291,39 @@ def _distribution(model: KGramModel, automaton: RewardAutomaton, beta: float) ->
 
 
 def _candidates(
-    pi: KGramModel, ref: KGramModel, automaton: RewardAutomaton, settings: Settings, generator: torch.Generator
-) -> dict[str, Any] | None:
+    pi: KGramModel,
+    ref: KGramModel,
+    automaton: RewardAutomaton,
+    settings: Settings,
+    exact: Exact,
+    generator: torch.Generator,
+) -> dict[str, Any]:
     """What candidates of the reference show of a policy, beside the exact answers; None where they show nothing."""
     drawn = draw_candidates(pi, ref, automaton, groups=GROUPS, k=GROUP, generator=generator)
-    if (drawn.rewards == -torch.inf).all(-1).any():
-        return None
-    found = compare(pi, ref, automaton, drawn, beta_pi=1, beta_r=settings.beta)._asdict()
-    return {name: {key: x.item() for key, x in one._asdict().items()} for name, one in found.items()}
+    shows = (drawn.rewards > -torch.inf).any(-1) & (drawn.log_ratio > -torch.inf).any(-1)
+    if not shows.all():
+        return {"candidates": None, "effective_sizes": None, "warnings": []}
+    found = compare(pi, ref, automaton, drawn, beta_pi=1, beta_r=settings.beta, exact=exact)._asdict()
+    sizes = effective_sizes(pi, ref, automaton, drawn, beta_pi=1, beta_r=settings.beta)
+    estimates = {name: {key: x.item() for key, x in one._asdict().items()} for name, one in found.items()}
+    by_weights = {
+        name: {key: x.item() for key, x in size._asdict().items()}
+        for name, size in zip(("closest_kgram", "optimal"), sizes, strict=True)
+    }
+    return {"candidates": estimates, "effective_sizes": by_weights, "warnings": list(_warnings(by_weights))}
+
+
+def _warnings(sizes: dict[str, dict[str, float]]) -> Iterator[str]:
+    """What a reader of the estimates should know before believing them."""
+    n_candidates = GROUPS * GROUP
+    for name, weights in {"closest_kgram": "π/π_ref of the best k-gram", "optimal": "π*_β/π_ref"}.items():
+        drawn, exact = sizes[name]["value"], sizes[name]["exact"]
+        if min(drawn, exact) < SMALL_SHARE * n_candidates:
+            yield (
+                f"of {n_candidates} candidates ({GROUPS} groups of K = {GROUP}) the weights {weights} have an "
+                f"effective sample size (ESS) of {drawn:.3g}, {exact:.3g} by their exact moments: estimates are biased "
+                "and their intervals too narrow; the exact answers stand beside them"
+            )
 
 
 @contextmanager
@@ -299,7 +333,7 @@ def _said_for_users() -> Iterator[None]:
         yield
     except ValueError as error:
         what, _, _ = str(error).partition(";")
-        raise TextError(f"{what}; a smaller --vocabulary, --order or --length takes less") from error
+        raise TextError(f"{what}; a smaller --vocabulary, --order, --length or --samples takes less") from error
 
 
 def _require_recursion(model: KGramModel, n_states: int) -> None:
@@ -313,17 +347,6 @@ def _require_recursion(model: KGramModel, n_states: int) -> None:
     )
 
 
-def _measure_kgram(pi: KGramModel, ref: KGramModel, automaton: RewardAutomaton, beta: float) -> dict[str, float]:
-    """What is known of a k-gram policy."""
-    return _numbers(
-        *automata.reward_moments(pi, automaton),
-        automata.entropy(pi),
-        automata.kl_divergence(pi, ref),
-        automata.kl_policy_to_optimal(pi, ref, automaton, beta=beta),
-        automata.kl_optimal_to_policy(pi, ref, automaton, beta=beta),
-    )
-
-
 def _numbers(*values: Tensor) -> dict[str, float]:
     names = ("mean_reward", "variance", "entropy", "kl_to_reference", "kl_to_optimal", "kl_from_optimal")
     return {name: value.item() for name, value in zip(names, values, strict=True)}
@@ -332,14 +355,3 @@ def _numbers(*values: Tensor) -> dict[str, float]:
 def _samples(tokens: Tensor, vocabulary: Vocabulary, automaton: RewardAutomaton) -> list[dict[str, Any]]:
     rewards = automaton.reward(tokens).tolist()
     return [{"text": vocabulary.text(row), "reward": r} for row, r in zip(tokens, rewards, strict=True)]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: infinities as text."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -145,3 +145,26 @@ def rows():
         {"prompt": "what did you think?", "completions": ["I liked it.", "nothing"], "rewards": [2.0, 0.0]},
         {"prompt": "the cat", "completions": [" sat", " sat on the mat", " was red", "s"], "rewards": [0, 1, 2, 3]},
     ]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, tokenizer):
+    """A folder of a GPT-2 with its tokenizer."""
+    path = tmp_path_factory.mktemp("weights")
+    tiny_gpt2(len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def unloadable(monkeypatch):
+    """Loading a model in a stage of the pipeline fails the test."""
+    from exo_toy.integrations.lm import evaluation, rewarding, stages
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for module in (stages, evaluation):
+        monkeypatch.setattr(module, "load_policy", refuse)
+    monkeypatch.setattr(rewarding, "load_classifier", refuse)
+    monkeypatch.setattr(stages, "_trainable", refuse)

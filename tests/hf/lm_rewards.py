@@ -5,6 +5,10 @@ def length(prompts, completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
+def shorter_and_ended(prompts, completions, finished):
+    return [100.0 * ended - len(completion) for completion, ended in zip(completions, finished, strict=True)]
+
+
 def too_few(prompts, completions, **columns):
     return [0.0]
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from exo_toy.integrations.candidates import CandidateCollator, Candidates, check_dataset, tokenize_row
+from exo_toy.integrations.candidates import (
+    CandidateCollator,
+    Candidates,
+    check_dataset,
+    check_reward_scale,
+    tokenize_row,
+)
+from exo_toy.losses import exo_rw_loss
 
 PAIR = {"prompt": "the film", "chosen": " was good", "rejected": " was bad"}
 RATED = {"prompt": "the film", "completions": [" was good", " was bad"], "rewards": [1, 0.5]}
@@ -113,7 +120,22 @@ def test_a_truncated_completion_has_no_eos(tokenizer):
     assert cut.completion_ids[0] == ids(tokenizer, PAIR["chosen"])
 
 
+def test_a_completion_that_was_cut_has_no_end(tokenizer):
+    """Neither the token nor what the template puts after a message; the others are as ever."""
+    for row in (RATED, PAIR):
+        whole, cut = tokenize_row(row, tokenizer), tokenize_row(row | {"finished": [False, True]}, tokenizer)
+        assert cut.completion_ids == [whole.completion_ids[0][:-1], whole.completion_ids[1]]
+    whole, cut = tokenize_row(CHAT, tokenizer), tokenize_row(CHAT | {"finished": [True, False, True]}, tokenizer)
+    assert whole.completion_ids[1][-1] == tokenizer.eos_token_id
+    assert cut.completion_ids == [whole.completion_ids[0], whole.completion_ids[1][:-1], whole.completion_ids[2]]
+    assert tokenize_row(RATED | {"finished": None}, tokenizer) == tokenize_row(RATED, tokenizer)
+    assert tokenize_row(RATED | {"finished": np.array([True, True])}, tokenizer) == tokenize_row(RATED, tokenizer)
+
+
 BAD_ROWS = {
+    "finished of one": (RATED | {"finished": [True]}, "finished", "true or false for each completion, 2; got [True]"),
+    "finished a bool": (PAIR | {"finished": True}, "finished", "be a list; got bool"),
+    "finished a number": (PAIR | {"finished": [1, 0]}, "finished", "true or false for each completion"),
     "no prompt": ({"completions": ["a", "b"], "rewards": [0, 1]}, "prompt", "columns ['completions', 'rewards']"),
     "prompt None": (RATED | {"prompt": None}, "prompt", "be there"),
     "no rewards": ({"prompt": "a", "completions": ["a", "b"]}, "rewards", "be there"),
@@ -194,6 +216,32 @@ def test_messages_are_short(tokenizer):
     with pytest.raises(ValueError) as error:
         tokenize_row(PAIR | {"chosen": ["word"] * 10_000}, tokenizer)
     assert len(str(error.value)) < 200
+
+
+def test_a_template_that_hides_a_cut_message_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(ValueError, match=r'row 2, column "completions\[0\]": must go through the chat template'):
+        tokenize_row(CHAT | {"finished": [False, True, True]}, other, index=2)
+
+
+@pytest.mark.parametrize("beta_r", [0.1, 1, 7.5])
+def test_rewards_that_are_let_through_give_finite_losses(beta_r):
+    """At the largest size that is allowed, of both signs; a little above, the differences overflow."""
+    most = torch.finfo(torch.float32).max / 2 * min(beta_r, 1)
+    check_reward_scale("rewards", most, beta_r=beta_r)
+
+    def loss(largest):
+        rewards = torch.tensor([[largest, -largest]])
+        return exo_rw_loss(log_ratio, rewards, beta_pi=0.5, beta_r=beta_r).sum()
+
+    log_ratio = torch.zeros(1, 2, requires_grad=True)
+    loss(most).backward()
+    assert loss(most).isfinite() and log_ratio.grad.isfinite().all()
+    assert not loss(most * 1.01).isfinite()
+    for bad in (most * 1.01, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"rewards must be at most .* with beta_r={beta_r}; got"):
+            check_reward_scale("rewards", bad, beta_r=beta_r)
 
 
 def test_a_dataset_is_counted_and_checked(tokenizer, rows):

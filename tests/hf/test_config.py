@@ -118,6 +118,8 @@ def test_loss_kwargs_from_a_command_line():
     words = ["--output_dir", "out", "--use_cpu", "--report_to", "none", "--loss", "alpha_rw", "--beta_r", "1"]
     (parsed,) = parser.parse_args_into_dataclasses([*words, "--beta_pi", "1", "--loss_kwargs", '{"alpha": 0.5}'])
     assert loss_settings(parsed) == {"beta_r": 1.0, "beta_pi": 1.0, "alpha": 0.5}
+    with pytest.raises(ValueError, match=r"loss_kwargs must be arguments by name, as JSON .*; got 'alpha=1'"):
+        parser.parse_args_into_dataclasses([*words, "--beta_pi", "1", "--loss_kwargs", "alpha=1"])
 
 
 def test_a_loss_of_ones_own_needs_the_temperatures_of_the_metrics_alone():

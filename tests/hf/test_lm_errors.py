@@ -1,7 +1,6 @@
 """What the pipeline's commands refuse, before a model is loaded and with nothing left behind; recipes and settings."""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -11,96 +10,13 @@ from pathlib import Path
 import pytest
 
 from exo_toy import cli
-from exo_toy.integrations.lm import evaluation, main, rewarding, stages
-from exo_toy.integrations.lm.records import Lines, LmError, read_rows
+from exo_toy.integrations.lm import main, models
+from exo_toy.integrations.lm.records import LmError
 from exo_toy.integrations.lm.settings import parse, read_recipe
 from tests.hf.conftest import tiny_gpt2
+from tests.hf.lm_commands import ROW, SAMPLE, file, refused
 
 RECIPES = sorted((Path(main.__file__).parent / "recipes").glob("*.yaml"))
-ROW = {"prompt": "a", "completions": ["b", "c"], "rewards": [0.0, 1.0]}
-SAMPLE = ["--temperature", "1", "--max_new_tokens", "4"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("weights")
-    tiny_gpt2(len(tokenizer)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def unloadable(monkeypatch):
-    """Loading a model fails the test."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    for module in (stages, evaluation):
-        monkeypatch.setattr(module, "load_policy", refuse)
-    monkeypatch.setattr(rewarding, "load_classifier", refuse)
-    monkeypatch.setattr(stages, "_trainable", refuse)
-
-
-def refused(capsys, *arguments):
-    """The message of a command that exits with 2."""
-    assert cli.main(["lm", *arguments]) == 2
-    # Before the message at most a progress bar.
-    *bar, message = capsys.readouterr().err.strip("\n").split("\n")
-    assert message.startswith("exo-toy: ") and len(bar) <= 1
-    return message
-
-
-def file(folder, *rows, name="data.jsonl"):
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / name)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "holds no rows"),
-        ("[]", "holds no rows"),
-        ('{"prompt": "a"}\n\n{"prompt"', ":3: is not JSON"),
-        ('[{"prompt": "a"},\n{"prompt" 1}]', ":2: is not JSON"),
-        ('{"prompt": "a"}\n3', "row 1: must be an object; got int"),
-        ('{"prompt": "a"}\n{"text": "b"}', "row 1, column \"prompt\": must be there; got columns ['text']"),
-        ('{"prompt": ""}', "row 0"),
-        ('{"prompt": 3}', 'column "prompt": must be a string or a list of messages'),
-    ],
-)
-def test_bad_files_of_prompts(content, message, tmp_path, weights, capsys, unloadable):
-    (tmp_path / "data.jsonl").write_text(content)
-    output = tmp_path / "out" / "sampled.json"
-    own = ["--data", str(tmp_path / "data.jsonl"), "--model_name_or_path", weights, "--output", str(output)]
-    assert message in refused(capsys, "sample", *own, *SAMPLE)
-    assert not output.parent.exists()
-
-
-@pytest.mark.parametrize(
-    ("row", "flags", "message"),
-    [
-        ({"prompt": "a", "completions": ["b", "c"]}, [], 'row 1, column "rewards": must be there'),
-        ({**ROW, "rewards": [1.0]}, [], 'row 1, column "rewards": must be a list of one number per completion, 2'),
-        ({**ROW, "rewards": [1.0, float("nan")]}, [], "rewards[1]"),
-        ({**ROW, "completions": [["b"], "c"]}, [], "row 1"),
-        (ROW, ["--loss", "exo_pref"], "beta must be given"),
-        (ROW, ["--loss", "nothing"], "loss must be one of"),
-        (ROW, ["--label_smoothing", "0.1"], "label_smoothing must be None"),
-        (ROW, ["--beta_r", "-1"], "beta_r must be a finite number above 0"),
-        (ROW, ["--num_candidates", "1"], "num_candidates must be an integer of at least 2"),
-        (ROW, ["--load_in_4bit", "True"], "load_in_4bit must be False"),
-        (ROW, ["--ref_model", "/no/where"], "ref_model: there is no folder /no/where"),
-    ],
-)
-def test_bad_alignments(row, flags, message, tmp_path, weights, capsys, unloadable):
-    given = {"--beta_r": "1", "--beta_pi": "1", "--model_name_or_path": weights, "--output_dir": str(tmp_path / "out")}
-    given |= {"--data": file(tmp_path, ROW, row), "--use_cpu": "True", "--report_to": "none"}
-    if "exo_pref" in flags:
-        given["--data"] = file(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"})
-    given |= dict(zip(flags[::2], flags[1::2], strict=True))
-    assert message in refused(capsys, "align", *(text for pair in given.items() for text in pair))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +27,7 @@ def test_bad_alignments(row, flags, message, tmp_path, weights, capsys, unloadab
         (["--reward_function", "tests.hf.lm_rewards:missing"], "cannot be imported"),
         (["--reward_function", "tests.hf.lm_rewards:later"], "must be a plain function"),
         (["--reward_function", "tests.hf.lm_rewards:too_few"], "one number per completion, 4; got 1"),
-        (["--reward_function", "tests.hf.lm_rewards:not_finite"], "must return finite numbers; got nan"),
+        (["--reward_function", "tests.hf.lm_rewards:not_finite"], "must return finite numbers (in float32); got nan"),
         ([], "exactly one of reward_model and reward_function"),
         (["--reward_function", "a:b", "--reward_model", "c"], "exactly one of reward_model and reward_function"),
         (["--reward_model", "./nowhere"], "reward_model: there is no folder ./nowhere"),
@@ -139,6 +55,49 @@ def test_a_folder_without_a_model_and_a_classifier_of_three(tmp_path, tokenizer,
     capsys.readouterr()  # the progress of saving
     assert cli.main(["lm", "score", *out, "--reward_model", str(tmp_path / "three")]) == 2
     assert "must have one output or two; it has 3" in capsys.readouterr().err
+
+
+def test_models_that_lack_weights_or_are_broken(tmp_path, weights, capsys):
+    """A model of another kind would be given a head of random numbers."""
+    here = ["--data", file(tmp_path, ROW), "--device", "cpu"]
+    message = refused(capsys, "score", *here, "--output", str(tmp_path / "out.json"), "--reward_model", weights)
+    assert "must have all weights of GPT2ForSequenceClassification; it lacks 1, the first score.weight" in message
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(weights)
+    part = {name: value for name, value in model.state_dict().items() if "h.1.mlp" not in name}
+    model.save_pretrained(tmp_path / "part", state_dict=part)
+    # Of a classifier that is to be trained the head alone may be new.
+    for new_head, lacks, first in ((False, 5, "score.weight"), (True, 4, "transformer.h.1.mlp.c_fc.bias")):
+        how = {"offline": True, "new_head": new_head, "num_labels": 1}
+        with pytest.raises(LmError, match=f"it lacks {lacks}, the first {first}"):
+            models.load(GPT2ForSequenceClassification, "x", str(tmp_path / "part"), **how)
+    with (tmp_path / "part/model.safetensors").open("rb+") as opened:
+        opened.truncate(1000)
+    with pytest.raises(LmError, match=r"ref_model: .*part cannot be loaded: "):
+        models.load(GPT2LMHeadModel, "ref_model", str(tmp_path / "part"), offline=True)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_devices_that_are_not_there(device, tmp_path, weights, capsys):
+    own = ["--data", file(tmp_path, ROW), "--model_name_or_path", weights, "--output", str(tmp_path / "out.json")]
+    assert cli.main(["lm", "sample", *own, *SAMPLE, "--device", device]) == 2
+    assert "device" in capsys.readouterr().err
+    assert not (tmp_path / "out.json.part").exists()
+
+
+def test_outputs_below_a_file_are_refused_before_a_model_is_loaded(tmp_path, weights, capsys, unloadable):
+    data = file(tmp_path, ROW)
+    own = ["--data", data, "--model_name_or_path", weights]
+    assert "must be a folder that one may write to" in refused(capsys, "sample", *own, "--output", f"{data}/x", *SAMPLE)
+    train = ["--output_dir", data, "--beta_r", "1", "--beta_pi", "1", "--use_cpu", "--report_to", "none"]
+    assert f"output_dir: {data} cannot be written to" in refused(capsys, "align", *own, *train)
+
+
+@pytest.mark.parametrize("stage", ["sample", "score", "evaluate", "run"])
+def test_several_processes_would_write_each_row_several_times(stage, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"{stage} runs in one process" in refused(capsys, stage)
 
 
 def test_outputs_of_others_are_not_written_over(tmp_path, weights, capsys, unloadable):
@@ -300,39 +259,6 @@ def test_the_command_line_loads_the_extra_only_when_it_is_used():
     code = "import sys; from exo_toy import cli; cli._parser(); print({'transformers', 'torch'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
-
-
-def test_rows_are_read_from_lists_and_lines(tmp_path):
-    rows = [{"prompt": "a\u2028b"}, {"prompt": "ü"}]
-    (tmp_path / "list.json").write_text(json.dumps(rows, indent=2), encoding="utf-8-sig")
-    (tmp_path / "lines.json").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert read_rows(tmp_path / "list.json") == read_rows(tmp_path / "lines.json") == rows
-    assert read_rows(tmp_path / "lines.json", limit=1) == rows[:1]
-
-
-@pytest.mark.parametrize(("done", "wanted"), [(0, [(0, 4), (4, 8), (8, 9)]), (6, [(6, 8), (8, 9)]), (9, [])])
-def test_batches_end_where_they_would_without_an_interruption(done, wanted, capsys):
-    assert list(stages.batches("x", done, 9, 4)) == wanted
-
-
-def test_lines_are_there_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "out.json"
-    lines = Lines(path, {"seed": 0})
-    lines.append([{"n": 0}, {"n": 1}])
-    lines.append([{"n": 2}, {"n": 3}])
-    with lines.part.open("a") as file:
-        file.write('{"n": 4}\n{"n"')
-    again = Lines(path, {"seed": 0})
-    assert again.done == 5 and not again.complete
-    with pytest.raises(LmError, match="seed was 0 and is now 1"):
-        Lines(path, {"seed": 1})
-    with pytest.raises(LmError, match="rows 5 to 6 is not finite"):
-        again.append([{"n": float("nan")}])
-    again.append([{"n": 5}])
-    assert again.finish(lambda row: row if row["n"] != 1 else None) == 5
-    assert read_rows(path) == [{"n": 0}, {"n": 2}, {"n": 3}, {"n": 4}, {"n": 5}]
-    assert Lines(path, {"seed": 0}).complete
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["out.json", "out.json.settings.json"]
 
 
 SECTION = "import time\ntry: print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: pass"

@@ -51,5 +51,5 @@ def test_one_completion_is_enough_for_labels_alone(tmp_path, weights, capsys):
 def test_labels_are_checked_before_a_model_is_loaded(tmp_path, weights, capsys):
     rows = [LABELS[0], {**LABELS[1], "rewards": [0.5] * len(LABELS[1]["completions"])}]
     assert align(tmp_path, weights, rows, loss="kto", beta=0.1) == 2
-    assert 'train_dataset: row 1, column "rewards": must be 1 (desirable) or 0' in capsys.readouterr().err
+    assert 'data.jsonl: row 1, column "rewards": must be 1 (desirable) or 0' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

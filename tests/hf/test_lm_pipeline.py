@@ -1,7 +1,6 @@
 """The pipeline's commands from start to end, on a recipe with another model and other files; and gone on with."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -10,56 +9,14 @@ from transformers import AutoTokenizer
 
 from exo_toy import audit, cli
 from exo_toy.integrations import sampling
+from exo_toy.integrations.config import CandidateConfig
 from exo_toy.integrations.lm import evaluation, generation, main, stages
-from exo_toy.integrations.lm.settings import read_recipe
+from exo_toy.integrations.lm.data import for_alignment
+from exo_toy.integrations.rows import tokenize_dataset
 from tests.hf.conftest import tiny_gpt2
+from tests.hf.lm_commands import SMALL, Home, rows_of, write_pairs
 
 RECIPE = Path(main.__file__).parent / "recipes/tldr.yaml"
-WORDS = "the film was good bad very and cat sat on mat".split()
-# What a run on a CPU in seconds changes of a recipe.
-SMALL = {
-    "sft": ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2"],
-    "reward": ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2"],
-    "align": ["--use_cpu", "--max_steps", "3", "--save_steps", "2", "--learning_rate", "1e-3"],
-    "sample": ["--device", "cpu", "--max_new_tokens", "8", "--batch_size", "4"],
-    "score": ["--device", "cpu"],
-    "evaluate": ["--device", "cpu", "--max_new_tokens", "8", "--batch_size", "4", "--num_samples", "3"],
-}
-for flags in (SMALL["sft"], SMALL["reward"], SMALL["align"]):
-    flags += ["--gradient_accumulation_steps", "1", "--activation_checkpointing", "False", "--disable_tqdm", "True"]
-
-
-def text(generator, count):
-    return " " + " ".join(generator.choices(WORDS, k=count))
-
-
-def write_pairs(path, count, seed):
-    generator = random.Random(seed)
-    rows = [
-        {"prompt": text(generator, 4)[1:], "chosen": text(generator, 3) + " good", "rejected": text(generator, 5)}
-        for _ in range(count)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
-
-
-def rows_of(path):
-    content = path.read_text()
-    return json.loads(content) if content.startswith("[") else [json.loads(line) for line in content.splitlines()]
-
-
-class Home:
-    """A folder with a tiny model, data, and the recipe on them."""
-
-    def __init__(self, path, recipe):
-        self.path, self.recipe = path, recipe
-        self.vars = {"weights": path / "weights", "data": path / "data", "runs": path / "runs", "bf16": "false"}
-
-    def run(self, section, *flags):
-        given = [f"--var={name}={value}" for name, value in self.vars.items()]
-        stage = section.split("-")[0]
-        own = ["--config", str(self.recipe), "--section", section, *given]
-        return cli.main(["lm", stage, *own, *SMALL[stage], *flags])
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +29,7 @@ def home(tmp_path_factory, tokenizer):
     write_pairs(path / "data/tldr/test.json", 6, seed=1)
     write_pairs(path / "data/tldr_filtered/train.json", 10, seed=2)
     made = Home(path, RECIPE)
-    for section in read_recipe(str(made.recipe), [f"{name}={value}" for name, value in made.vars.items()]).sections:
-        assert made.run(section) == 0, section
+    made.run_all()
     return made
 
 
@@ -81,9 +37,9 @@ def test_stages_write_the_official_formats(home):
     sampled, scored = (rows_of(home.path / f"data/tldr_{name}/train.json") for name in ("sft", "rw"))
     prompts = [row["prompt"] for row in rows_of(home.path / "data/tldr/train.json")]
     assert [row["prompt"] for row in sampled] == prompts
-    assert all(row.keys() == {"prompt", "completions"} and len(row["completions"]) == 2 for row in sampled)
-    assert all(row.keys() == {"prompt", "completions", "rewards"} and len(row["rewards"]) == 2 for row in scored)
-    assert [row["completions"] for row in scored] == [row["completions"] for row in sampled]
+    assert all(row.keys() == {"prompt", "completions", "finished"} and len(row["completions"]) == 2 for row in sampled)
+    assert [{**row, "rewards": given["rewards"]} for row, given in zip(sampled, scored, strict=True)] == scored
+    assert all(len(row["rewards"]) == 2 for row in scored)
     assert len({number for row in scored for number in row["rewards"]}) > 10
     assert not list(home.path.rglob("*.part")) and not list(home.path.rglob(".*.json.*"))
 
@@ -174,6 +130,7 @@ def test_what_is_complete_is_left_alone(home, section, capsys, monkeypatch):
     [
         ("sample", ["--temperature", "0.7"], "temperature was 0.8 and is now 0.7"),
         ("align", ["--beta_r", "0.4"], "beta_r was 0.5 and is now 0.4"),
+        ("align", ["--padding_side", "left"], "padding_side was not given and is now 'left'"),
         ("evaluate", ["--num_samples", "2"], "num_samples was 3 and is now 2"),
         ("score", ["--data", "DATA/tldr/other.json"], "data was"),
     ],
@@ -281,6 +238,13 @@ def test_an_interrupted_alignment_goes_on_from_its_checkpoint(home, monkeypatch,
         seen = interrupted(context, stages.CandidateTrainer, "compute_loss", 99)
         assert home.run("align", "--output_dir", str(out)) == 0
     assert len(seen) == 1
+    # And from the one before where an interruption left it half-written, as it does without the trainer's state.
+    (out / "exo_toy.json").write_text((out / "exo_toy.json").read_text().replace("true", "false", 1))
+    (out / "checkpoint-3/trainer_state.json").write_text('{"epoch": 0.')
+    with monkeypatch.context() as context:
+        seen = interrupted(context, stages.CandidateTrainer, "compute_loss", 99)
+        assert home.run("align", "--output_dir", str(out)) == 0
+    assert len(seen) == 1
     from safetensors.torch import load_file
 
     both = [load_file(home.path / f"runs/{name}/model.safetensors") for name in ("exo_rw", "cut")]
@@ -292,6 +256,7 @@ def test_candidates_without_text_are_left_out_and_counted(home, capsys):
     rows = rows_of(home.path / "data/tldr_rw/train.json")
     for row in rows:
         row["completions"], row["rewards"] = [*row["completions"], "x", ""], [*row["rewards"], 0.0, 1.0]
+        row["finished"] += [False, True]
     data.write_text(json.dumps(rows))
     out = ["--output_dir", str(home.path / "runs/empty"), "--max_steps", "1", "--save_strategy", "no"]
     assert home.run("align", "--data", str(data), *out) == 0
@@ -304,7 +269,33 @@ def test_pairs_of_the_best_and_the_worst(home):
     flags = ["--data", str(data), "--output", str(out), "--reward_function", "tests.hf.lm_rewards:length", "--pairs"]
     assert cli.main(["lm", "score", *flags]) == 0
     for row in rows_of(out):
-        assert row.keys() == {"prompt", "chosen", "rejected"} and len(row["chosen"]) > len(row["rejected"])
+        assert row.keys() == {"prompt", "chosen", "rejected", "finished"}
+        assert len(row["chosen"]) > len(row["rejected"])
+
+
+def test_a_sample_that_was_cut_is_not_taught_to_end(home, tokenizer, tmp_path, monkeypatch, capsys):
+    """From the draws to what the trainer reads, as candidates and as pairs."""
+    end = tokenizer.eos_token_id
+
+    def draw(self, policy, start, stop, *, count, **_):
+        words = [tokenizer(word)["input_ids"] for word in (" good", " bad bad")]
+        return [[[*words[0], end], words[1]] if place % 2 else [words[0], words[1]] for place in range(start, stop)]
+
+    sampled, scored, pairs = (tmp_path / f"{name}.jsonl" for name in ("sampled", "scored", "pairs"))
+    with monkeypatch.context() as context:
+        context.setattr(generation.Prompts, "draw", draw)
+        assert home.run("sample", "--output", str(sampled)) == 0
+    assert [row["finished"] for row in rows_of(sampled)] == [[False, False], [True, False]] * 5
+    assert all(row["completions"] == [" good", " bad bad"] for row in rows_of(sampled))
+    by_end = ["--data", str(sampled), "--reward_function", "tests.hf.lm_rewards:shorter_and_ended"]
+    assert cli.main(["lm", "score", *by_end, "--output", str(scored)]) == 0
+    assert cli.main(["lm", "score", *by_end, "--output", str(pairs), "--pairs"]) == 0
+    assert [row["rewards"] for row in rows_of(scored)] == [[-5.0, -8.0], [95.0, -8.0]] * 5
+    for path, settings in ((scored, {"beta_r": 1.0, "beta_pi": 1.0}), (pairs, {"loss": "dpo", "beta": 1.0})):
+        args = CandidateConfig(str(tmp_path), **settings, use_cpu=True, report_to="none")
+        rows = for_alignment("x", str(path), args, tokenizer)
+        for place, row in enumerate(tokenize_dataset("x", rows, tokenizer)):
+            assert [ids[-1] == end for ids in row["completion_ids"]] == [place % 2 == 1, False]
 
 
 def test_chats_are_sampled_and_scored_as_chats(home):

@@ -145,8 +145,9 @@ def test_functions_that_return_something_else_are_named():
     cases = [
         (lambda **_: [1.0], "must return a list of one number per completion, 2; got 1"),
         (lambda **_: 1.0, "must return a list.*got float"),
-        (lambda **_: [1.0, None], "must return finite numbers; got None for completion 1"),
-        (lambda **_: [float("nan"), 1.0], "must return finite numbers; got nan for completion 0"),
+        (lambda **_: [1.0, None], r"must return finite numbers \(in float32\); got None for completion 1"),
+        (lambda **_: [1e39, 1.0], r"must return finite numbers \(in float32\); got 1e\+39 for completion 0"),
+        (lambda **_: [float("nan"), 1.0], r"must return finite numbers \(in float32\); got nan for completion 0"),
     ]
     for function, message in cases:
         function.__name__ = "judge"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from exo_toy.integrations import scoring
-from exo_toy.integrations.scoring import resolve_kernel, unwrap
+from exo_toy.integrations.scoring import check_kernel, resolve_kernel, unwrap
 from tests.hf.conftest import tiny_llama
 from tests.hf.test_scoring import CLOSE, batch_of, looped, score
 
@@ -169,6 +169,12 @@ def test_heads_that_are_no_plain_linear_maps(llama64, tokenizer, rows):
     subclassed = copy.deepcopy(llama64)
     subclassed.lm_head.__class__ = Doubled
     torch.testing.assert_close(score(subclassed, batch), wanted, **CLOSE[torch.float64])
+
+    for model in (adapted, patched, subclassed):
+        check_kernel("auto", llama64, model)
+        with pytest.raises(ValueError, match=r'kernel must be "auto" or "selective" for a model .* got "linear" for'):
+            check_kernel("linear", llama64, model)
+    check_kernel("linear", llama64)
 
     compiled = torch.compile(copy.deepcopy(llama64), backend="eager")
     assert unwrap(compiled) is compiled._orig_mod

@@ -125,6 +125,18 @@ def test_rows_longer_than_the_positions_of_the_model_are_refused(tokenizer, tmp_
     make(tiny_llama(len(tokenizer)), tokenizer, tmp_path, rows=rows)
 
 
+def test_a_kernel_that_is_not_possible_is_refused_before_training(tokenizer, tmp_path):
+    """Of the policy, or of a reference alone, whose heads scale the logits."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    plain = tiny_llama(len(tokenizer))
+    sizes = {name: getattr(plain.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    scaled = GraniteForCausalLM(GraniteConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, logits_scaling=2.0))
+    for model, ref_model in ((scaled, None), (plain, scaled)):
+        with pytest.raises(ValueError, match=r'kernel must be "auto" or "selective" .* for GraniteForCausalLM'):
+            build(model, tokenizer, tmp_path, kernel="linear", trainer={"ref_model": ref_model})
+
+
 @pytest.mark.parametrize("make", [build, online])
 def test_an_epoch_without_a_batch_is_refused(llama, tokenizer, tmp_path, make):
     trainer = make(llama, tokenizer, tmp_path, rows=ROWS[:3], dataloader_drop_last=True)

@@ -46,6 +46,9 @@ def run(kind, tokenizer, folder, n_processes):
         model = tiny_llama(len(tokenizer), dtype=torch.float64)
         rows = {"pairs": PAIRS, "labels": LABELS}.get(kind, ROWS)
         extra = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
+        if kind == "labels":
+            # Of this policy and another reference the reference point is above 0.
+            extra["ref_model"] = tiny_llama(len(tokenizer), dtype=torch.float64, seed=1)
         config = settings(folder, **given)
         if kind == "fsdp2":
             # Accelerate wraps by FSDP on accelerators alone; FSDP2 itself runs on CPUs. The next config undoes it.

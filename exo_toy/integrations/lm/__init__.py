@@ -7,6 +7,7 @@ name of its output.
 * :mod:`~exo_toy.integrations.lm.main`: the command line.
 * :mod:`~exo_toy.integrations.lm.settings`: settings of each stage, from YAML and flags.
 * :mod:`~exo_toy.integrations.lm.records`: rows in and out, interrupted and gone on with.
+* :mod:`~exo_toy.integrations.lm.data`: rows for the trainers, checked.
 * :mod:`~exo_toy.integrations.lm.models`: models and tokenizers, found on disk or refused.
 * :mod:`~exo_toy.integrations.lm.generation`, :mod:`~exo_toy.integrations.lm.rewarding`: completions and their rewards.
 * :mod:`~exo_toy.integrations.lm.stages`: supervised fine-tuning, reward model, candidates, rewards, alignment.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exo_toy.estimators import bootstrap_mean
 from exo_toy.integrations.candidates import CandidateCollator, Candidates
+from exo_toy.integrations.lm.data import check_texts
 from exo_toy.integrations.lm.generation import Prompts
 from exo_toy.integrations.lm.models import load_policy, require_model
 from exo_toy.integrations.lm.records import CONTENT, Lines, LmError, Row, digest, read_rows, write_whole
@@ -59,6 +60,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     if settings.figures and missing:
         raise LmError(f"figures need {', '.join(missing)}: install the extra figures, or pass --no_figures")
     rows = read_rows(settings.data, ["prompt"], limit=settings.limit)
+    check_texts(settings.data, rows, ["chosen"])
     work = _Evaluation(settings, rows, models)
     work.complete_all()
 

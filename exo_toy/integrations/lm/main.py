@@ -1,5 +1,6 @@
 """The command line of the pipeline."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from exo_toy.integrations.config import CandidateConfig
 from exo_toy.integrations.lm import evaluation, settings, stages
 from exo_toy.integrations.lm.records import LmError
 
+# Which several processes can share (accelerate launch); the others write rows one after another.
+TOGETHER = ("sft", "reward", "align")
 # Seconds that an interrupted section has to come to its end.
 GRACE = 10.0
 INTERRUPTED = 130
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     stage, *flags = arguments
     try:
+        if stage not in TOGETHER and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise LmError(f"{stage} runs in one process, without accelerate launch; got {os.environ['WORLD_SIZE']}")
         if stage == "run":
             return run(flags)
         function, types = STAGES[stage]

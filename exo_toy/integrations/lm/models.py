@@ -135,32 +135,45 @@ def load_classifier(setting: str, name: str, loading: Loading) -> PreTrainedMode
     return model
 
 
-def load(kind: Any, setting: str, name: str, *, offline: bool, **given: Any) -> Any:
-    """A model as it is in its files.
+def load(kind: Any, setting: str, name: str, *, offline: bool, new_head: bool = False, **given: Any) -> Any:
+    """A model as it is in its files, all of it.
 
     Args:
         kind: class with ``from_pretrained``.
         setting: which holds the name, for the message.
         name: folder or name on the hub.
         offline: do not look on the hub.
+        new_head: the output head may be missing, where it is to be trained.
         given: for ``from_pretrained``.
 
     Raises:
-        LmError: it cannot be loaded.
+        LmError: it cannot be loaded, or lacks weights: it is of another kind, such as a reward model for a policy.
     """
     require_model(setting, name)
+    local = offline or Path(name).is_dir()
     try:
-        return kind.from_pretrained(name, local_files_only=offline or Path(name).is_dir(), **given)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, found = kind.from_pretrained(name, local_files_only=local, output_loading_info=True, **given)
+    except Exception as error:  # what broken files raise is of many packages
         raise LmError(f"{setting}: {name} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(key for key in found["missing_keys"] if not new_head or key.startswith(model.base_model_prefix))
+    if missing:
+        raise LmError(
+            f"{setting}: {name} must have all weights of {type(model).__name__}; it lacks {len(missing)}, the first "
+            f"{missing[0]}"
+        )
+    return model
 
 
 def _placed(kind: Any, setting: str, name: str, loading: Loading) -> Any:
-    model = load(kind, setting, name, offline=loading.offline, dtype=loading.dtype)
     if loading.device == "auto":
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     else:
         device = torch.device(loading.device)
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise LmError(f"device: {device} cannot be used: {_first_line(error)}") from error
+    model = load(kind, setting, name, offline=loading.offline, dtype=loading.dtype)
     return model.eval().to(device or torch.device("cpu"))
 
 

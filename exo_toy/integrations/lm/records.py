@@ -53,7 +53,7 @@ def read_rows(path: str | os.PathLike[str], columns: Sequence[str] = (), *, limi
                 if line.strip():
                     rows.append(_parsed(line, number))
     except json.JSONDecodeError as error:
-        raise LmError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from error
+        raise LmError(f"{path}:{error.lineno}: is not JSON (one list, or an object a line): {error.msg}") from error
     if not rows:
         raise LmError(f"{path}: holds no rows")
     for index, row in enumerate(rows[:limit]):
@@ -113,6 +113,21 @@ def write_whole(path: Path, text: str) -> None:
         raise LmError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def require_writable(what: str, folder: Path) -> None:
+    """A folder can be written to, or made.
+
+    Args:
+        what: the setting, for the message.
+        folder: that may not exist yet.
+
+    Raises:
+        LmError: it cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise LmError(f"{what}: {folder} cannot be written to: {there} must be a folder that one may write to")
+
+
 def require_same(what: str, was: Mapping[str, Any], asked: Mapping[str, Any], remedy: str) -> None:
     """What was begun or made is what is asked for now.
 
@@ -129,7 +144,8 @@ def require_same(what: str, was: Mapping[str, Any], asked: Mapping[str, Any], re
         if was.get(name) != asked.get(name):
             # Of a content there is a digest, which says nothing to a reader.
             content = name.startswith(CONTENT) and None not in (was.get(name), asked.get(name))
-            difference = "has changed" if content else f"was {was.get(name)!r} and is now {asked.get(name)!r}"
+            before, now = (repr(some[name]) if name in some else "not given" for some in (was, asked))
+            difference = "has changed" if content else f"was {before} and is now {now}"
             raise LmError(f"{what} was made with other settings: {name} {difference}; {remedy}")
 
 
@@ -156,6 +172,7 @@ class Lines:
         self._sidecar = self.path.with_name(f"{self.path.name}.settings.json")
         self.done, self.complete = 0, self.path.exists()
         remedy = "remove it, or choose another output"
+        require_writable("output", self.path.parent)
         if self.complete:
             if not self._sidecar.exists():
                 raise LmError(f"{self.path}: exists, and this command did not make it; {remedy}")

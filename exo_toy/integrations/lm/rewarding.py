@@ -38,7 +38,8 @@ def scorer(settings: Rewarding) -> Scorer:
     """What gives rows of completions their rewards.
 
     A function is called as TRL's trainers call theirs: with ``prompts`` and ``completions``, and the rows' other
-    columns by name, lists with one entry per completion; it returns a list of numbers.
+    columns by name, lists with one entry per completion (of ``finished``, which is a list in each row, the
+    completion's own); it returns a list of numbers.
 
     Args:
         settings: a model or a function.
@@ -54,10 +55,13 @@ def scorer(settings: Rewarding) -> Scorer:
 
     def score(rows: Sequence[Row]) -> list[list[float]]:
         counts = [len(row["completions"]) for row in rows]
+        columns = passed_on(rows, counts)
+        if [len(row["finished"]) if isinstance(row.get("finished"), list) else 0 for row in rows] == counts:
+            columns["finished"] = [ended for row in rows for ended in row["finished"]]
         given = function(
             prompts=[row["prompt"] for row, count in zip(rows, counts, strict=True) for _ in range(count)],
             completions=[completion for row in rows for completion in row["completions"]],
-            **passed_on(rows, counts),
+            **columns,
         )
         try:
             numbers = iter(checked_rewards(given, sum(counts), source=source))

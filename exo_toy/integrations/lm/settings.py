@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -46,6 +47,11 @@ class Loading:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(f"device must be auto, or one of torch such as cpu; got {self.device!r}") from error
 
 
 @dataclass(kw_only=True)

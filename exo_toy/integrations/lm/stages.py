@@ -2,30 +2,33 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, get_peft_config
 
-from exo_toy.integrations.config import (
-    LOSSES_ON_LABELS,
-    CandidateConfig,
-    check_loss,
-    check_support,
-    columns_are_pairs,
-)
+from exo_toy.integrations.config import CandidateConfig, check_loss, check_support
+from exo_toy.integrations.lm.data import check_texts, for_alignment, for_reward, for_sft
 from exo_toy.integrations.lm.generation import Prompts
 from exo_toy.integrations.lm.models import load, load_policy, load_tokenizer, require_model, require_whole
-from exo_toy.integrations.lm.records import CONTENT, Lines, LmError, Row, digest, read_rows, require_same, write_whole
+from exo_toy.integrations.lm.records import (
+    CONTENT,
+    Lines,
+    LmError,
+    Row,
+    digest,
+    read_rows,
+    require_same,
+    require_writable,
+    write_whole,
+)
 from exo_toy.integrations.lm.rewarding import reward_source, scorer
 from exo_toy.integrations.lm.settings import AlignSettings, SampleSettings, ScoreSettings, TrainSettings
-from exo_toy.integrations.loading import checked_rows
 from exo_toy.integrations.objective import check_values
 from exo_toy.integrations.sampling import as_texts, end_tokens
 from exo_toy.integrations.trainer import CandidateTrainer
@@ -40,7 +43,7 @@ NO_MATTER = (
 
 
 def sample(settings: SampleSettings) -> None:
-    """Completions of prompts: rows ``{"prompt", "completions"}``.
+    """Completions of prompts: rows ``{"prompt", "completions", "finished"}``, the last whether each came to its end.
 
     Args:
         settings: of the stage.
@@ -62,7 +65,11 @@ def sample(settings: SampleSettings) -> None:
         drawn = prompts.draw(policy, start, stop, **how)
         lines.append(
             [
-                {"prompt": row["prompt"], "completions": as_texts(row["prompt"], some, tokenizer)}
+                {
+                    "prompt": row["prompt"],
+                    "completions": as_texts(row["prompt"], some, tokenizer),
+                    "finished": [tokens[-1] in ends for tokens in some],
+                }
                 for row, some in zip(rows[start:stop], drawn, strict=True)
             ]
         )
@@ -80,6 +87,7 @@ def score(settings: ScoreSettings) -> None:
     """
     source = reward_source(settings)
     rows = read_rows(settings.data, ["prompt", "completions"])
+    check_texts(settings.data, rows, ["completions"])
     lines = Lines(settings.output, identity("score", settings, data=settings.data, rewards=source))
     if already_complete(lines.path, lines.complete):
         return
@@ -97,7 +105,7 @@ def best_and_worst(row: Row) -> Row | None:
     """The pair of a row's candidates with the highest and the lowest reward; None where they are equal.
 
     Args:
-        row: with completions and rewards.
+        row: with completions and rewards; ``finished`` of them goes with the pair.
 
     Example:
         >>> best_and_worst({"prompt": "a", "completions": ["b", "c"], "rewards": [0.0, 1.0]})
@@ -107,12 +115,16 @@ def best_and_worst(row: Row) -> Row | None:
     best, worst = max(rewards), min(rewards)
     if best == worst:
         return None
-    chosen, rejected = completions[rewards.index(best)], completions[rewards.index(worst)]
-    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+    places = rewards.index(best), rewards.index(worst)
+    chosen, rejected = (completions[place] for place in places)
+    ends = {} if row.get("finished") is None else {"finished": [row["finished"][place] for place in places]}
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **ends}
 
 
 def sft(settings: TrainSettings, args: SFTConfig, model_config: ModelConfig) -> None:
     """Supervised fine-tuning by TRL's SFTTrainer, of rows ``{"prompt", "chosen"}`` or as that trainer takes them.
+
+    Rows without text to learn are left out and counted.
 
     Args:
         settings: of the stage.
@@ -122,7 +134,7 @@ def sft(settings: TrainSettings, args: SFTConfig, model_config: ModelConfig) -> 
     Raises:
         LmError: bad data or settings, a model that cannot be loaded.
     """
-    data = {name: _for_sft(path) for name, path in _files(settings).items()}
+    data = {name: for_sft(name, path) for name, path in _files(settings).items()}
     tokenizer = _tokenizer(settings, model_config)
 
     def build() -> Trainer:
@@ -136,6 +148,8 @@ def sft(settings: TrainSettings, args: SFTConfig, model_config: ModelConfig) -> 
 def reward(settings: TrainSettings, args: RewardConfig, model_config: ModelConfig) -> None:
     """A reward model by TRL's RewardTrainer, from rows ``{"prompt", "chosen", "rejected"}``.
 
+    Rows where one has no text, or both are the same, are left out and counted.
+
     Args:
         settings: of the stage.
         args: of the trainer.
@@ -144,14 +158,13 @@ def reward(settings: TrainSettings, args: RewardConfig, model_config: ModelConfi
     Raises:
         LmError: bad data or settings, a model that cannot be loaded.
     """
-    columns = ("prompt", "chosen", "rejected")
-    data = {name: _columns(read_rows(path, columns), columns) for name, path in _files(settings).items()}
+    data = {name: for_reward(name, path) for name, path in _files(settings).items()}
     tokenizer = _tokenizer(settings, model_config)
     if model_config.use_peft:
         model_config.lora_task_type = "SEQ_CLS"
 
     def build() -> Trainer:
-        model = _trainable(AutoModelForSequenceClassification, settings, model_config, num_labels=1)
+        model = _trainable(AutoModelForSequenceClassification, settings, model_config, num_labels=1, new_head=True)
         model.config.pad_token_id = tokenizer.pad_token_id
         peft_config = get_peft_config(model_config)
         return RewardTrainer(model, args, processing_class=tokenizer, peft_config=peft_config, **data)
@@ -173,7 +186,6 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
     Raises:
         LmError: bad data or settings, a model that cannot be loaded.
     """
-    pairs, least = columns_are_pairs(args.loss), 1 if args.loss in LOSSES_ON_LABELS else 2
     try:
         check_support(args)
         check_loss(args)
@@ -182,17 +194,11 @@ def align(settings: AlignSettings, args: CandidateConfig, model_config: ModelCon
         raise LmError(f"align: {error}") from error
     if settings.ref_model is not None:
         require_model("ref_model", settings.ref_model)
+    tokenizer = _tokenizer(settings, model_config)
     data: dict[str, Any] = {
-        name: _candidates(name, path, pairs, settings.num_candidates, least=least)
+        name: for_alignment(name, path, args, tokenizer, count=settings.num_candidates)
         for name, path in _files(settings).items()
     }
-    tokenizer = _tokenizer(settings, model_config)
-    for name, rows in data.items():
-        try:
-            checked = checked_rows(name, rows, tokenizer, args, pairs=pairs)
-        except ValueError as error:
-            raise LmError(str(error)) from error
-        print(f"{name}: {checked.report}")
 
     def build() -> Trainer:
         model = _trainable(AutoModelForCausalLM, settings, model_config)
@@ -267,6 +273,7 @@ def _train(stage: str, settings: Any, args: Any, model_config: ModelConfig, buil
             return
     elif folder.is_dir() and any(folder.iterdir()):
         raise LmError(f"output_dir: {folder} holds files, and not of this command; choose another")
+    require_writable("output_dir", folder)
     main = args.process_index == 0
     # No process writes before all have looked.
     PartialState().wait_for_everyone()
@@ -279,7 +286,7 @@ def _train(stage: str, settings: Any, args: Any, model_config: ModelConfig, buil
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(state, json.dumps({"complete": False, "settings": asked}, indent=1) + "\n")
     PartialState().wait_for_everyone()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if not merged:
         trainer.save_model()
     elif main:
@@ -291,6 +298,24 @@ def _train(stage: str, settings: Any, args: Any, model_config: ModelConfig, buil
     if main:
         write_whole(state, json.dumps({"complete": True, "settings": asked}, indent=1) + "\n")
         print(f"{folder}: trained for {trainer.state.global_step} steps")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole; one that an interruption left has no state of the trainer, written last.
+
+    Args:
+        folder: of the training.
+    """
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if _is_json(path)]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -335,53 +360,3 @@ def _trainable(
         name, given["revision"] = str(model_config.model_name_or_path), model_config.model_revision
     given["attn_implementation"] = model_config.attn_implementation
     return load(kind, setting, name, offline=settings.offline, dtype=model_config.dtype or "auto", **given)
-
-
-def _columns(rows: Sequence[Row], columns: Sequence[str]) -> datasets.Dataset:
-    return datasets.Dataset.from_list([{name: row[name] for name in columns} for row in rows])
-
-
-def _for_sft(path: str) -> datasets.Dataset:
-    """Prompt and completion, which the official format calls chosen; other formats as they are."""
-    rows = read_rows(path)
-    if "prompt" not in rows[0]:
-        return datasets.Dataset.from_list(rows)
-    name = "completion" if "completion" in rows[0] else "chosen"
-    rows = read_rows(path, ["prompt", name])
-    return datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row[name]} for row in rows])
-
-
-def _candidates(name: str, path: str, pairs: bool | None, count: int | None, *, least: int) -> list[Row]:
-    """Rows for the trainer, without completions that have no text, and with at least so many others."""
-    if pairs is None:
-        pairs = "chosen" in read_rows(path, ("prompt",))[0]
-    columns = ("prompt", "chosen", "rejected") if pairs else ("prompt", "completions", "rewards")
-    rows = [{column: row[column] for column in columns} for row in read_rows(path, columns)]
-    kept, empty = [], 0
-    for index, row in enumerate(rows):
-        if pairs:
-            lacking = _is_empty(row["chosen"]) + _is_empty(row["rejected"])
-            kept += [] if lacking else [row]
-            empty += lacking
-            continue
-        if not isinstance(row["rewards"], list) or len(row["rewards"]) != len(row["completions"]):
-            wanted = f"a list of one number per completion, {len(row['completions'])}"
-            raise LmError(f'{path}: row {index}, column "rewards": must be {wanted}; got {row["rewards"]!r:.60}')
-        both = list(zip(row["completions"], row["rewards"], strict=True))[:count]
-        full = [(completion, number) for completion, number in both if not _is_empty(completion)]
-        empty += len(both) - len(full)
-        if len(full) >= least:
-            kept.append({**row, "completions": [each for each, _ in full], "rewards": [number for _, number in full]})
-    if empty:
-        few = f"{len(rows) - len(kept)} rows with fewer than {least} left out"
-        print(f"{name}: {empty} completions without text and {few}")
-    if not kept:
-        raise LmError(f"{path}: no row has {'two completions' if least > 1 else 'a completion'} with text")
-    return kept
-
-
-def _is_empty(completion: Any) -> bool:
-    """A string, or messages, without text; what is neither is for the trainer to refuse."""
-    if isinstance(completion, list):
-        return all(isinstance(turn, Mapping) and not turn.get("content") for turn in completion)
-    return completion == ""
