@@ -15,7 +15,8 @@ From the data to the loss, a module for each step, of use on its own in another 
 
 The trainers:
 
-* :mod:`~exo_toy.integrations.config`, :mod:`~exo_toy.integrations.trainer`: on any number of candidates per prompt.
+* :mod:`~exo_toy.integrations.config`, :mod:`~exo_toy.integrations.trainer`: on any number of candidates per prompt;
+  :mod:`~exo_toy.integrations.loading` reads their data.
 * :mod:`~exo_toy.integrations.online`: on candidates sampled from the policy as it learns;
   :mod:`~exo_toy.integrations.sampling` draws and rewards them, :mod:`~exo_toy.integrations.vllm` has an engine do it.
 
