@@ -87,7 +87,7 @@ def test_temperatures_beyond_the_dtype():
     """In float32 1e-40 divides as 0 does, and the loss would be NaN."""
     single = {name: value.float() for name, value in list_arguments().items() if isinstance(value, torch.Tensor)}
     for loss in (exo_rw_loss, dpo_rw_loss):
-        for name, value in [("beta_r", 1e-40), ("beta_pi", 1e39), ("beta_r", 10**400)]:
+        for name, value in [("beta_r", 1e-40), ("beta_pi", 1e39), ("beta_r", 10**300)]:
             message = refuses(loss, **list_arguments(**single, **{name: value}))
             assert message.startswith(f"{name} must be in [1.18e-38, 8.51e+37] to be computed in torch.float32; got ")
         assert loss(**list_arguments(beta_r=1e-40)).shape == (2,)
