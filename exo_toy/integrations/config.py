@@ -17,17 +17,25 @@ def _callable(record: losses.LossRecord) -> Callable[..., Any]:
     return functools.partial(record.function, **filled) if filled else record.function
 
 
+def takes(loss: Callable[..., Any], name: str) -> bool:
+    """Whether a loss has a parameter of this name.
+
+    Args:
+        loss: the function.
+        name: of the parameter.
+    """
+    return name in inspect.signature(loss).parameters
+
+
 LOSSES = {name: _callable(record) for name, record in losses.LOSSES.items()}
 # By the columns of their data: chosen and rejected; completions and rewards; either, with rewards of 1 and 0.
 LOSSES_ON_PAIRS = tuple(
     name for name, record in losses.LOSSES.items() if record.kind in ("pair", "batch", "reference-free")
 )
-LOSSES_ON_LABELS = tuple(name for name, loss in LOSSES.items() if "desirable" in inspect.signature(loss).parameters)
+LOSSES_ON_LABELS = tuple(name for name, loss in LOSSES.items() if takes(loss, "desirable"))
 LOSSES_ON_REWARDS = tuple(name for name in LOSSES if name not in LOSSES_ON_PAIRS + LOSSES_ON_LABELS)
 # Whose candidates may come from another proposal than the reference.
-LOSSES_ON_PROPOSALS = tuple(
-    name for name, loss in LOSSES.items() if "log_weights" in inspect.signature(loss).parameters
-)
+LOSSES_ON_PROPOSALS = tuple(name for name, loss in LOSSES.items() if takes(loss, "log_weights"))
 LOSSES_WITHOUT_REFERENCE = tuple(name for name, record in losses.LOSSES.items() if record.kind == "reference-free")
 # The argument that a step's prompts give where the settings do not.
 ANCHORS = {"kto": "reference_point", "bco": "delta", "bco_pair": "delta"}
@@ -162,6 +170,15 @@ def is_anchored(config: CandidateConfig) -> bool:
     return config.loss in ANCHORS and ANCHORS[config.loss] not in loss_settings(config)
 
 
+def needs_other_completions(config: CandidateConfig) -> bool:
+    """Whether prompts are to be scored with the completions of others, for KTO's reference point.
+
+    Args:
+        config: the settings.
+    """
+    return config.loss == "kto" and is_anchored(config)
+
+
 def check_loss(config: CandidateConfig) -> None:
     """The settings that the named loss needs are there, and none that it does not use.
 
@@ -186,7 +203,7 @@ def check_loss(config: CandidateConfig) -> None:
             raise ValueError(f"{name} must be None for {loss}, which takes {', '.join(taken)}; got {value!r}")
     if config.loss in LOSSES_WITHOUT_REFERENCE and (config.ref_cache is not None or config.precompute_ref):
         raise ValueError(f"ref_cache must be None for {loss}, which knows no reference; got {config.ref_cache!r}")
-    if config.loss == "kto" and is_anchored(config) and config.ref_cache is not None:
+    if needs_other_completions(config) and config.ref_cache is not None:
         raise ValueError(
             "ref_cache must be None for loss='kto' unless loss_kwargs gives its reference_point, which is estimated "
             f"from completions of other prompts, and the cache knows none of them; got {config.ref_cache!r}"

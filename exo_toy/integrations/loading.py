@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from exo_toy.integrations.config import LOSSES_ON_LABELS, is_anchored
+from exo_toy.integrations.config import LOSSES_ON_LABELS, needs_other_completions
 from exo_toy.integrations.objective import Loss, check_rewards
 from exo_toy.integrations.policy import check_positions
 from exo_toy.integrations.reference import ReferenceCache
@@ -38,7 +38,7 @@ class RowsTrainer(Trainer):
         try:
             if named:
                 check_rewards(rows.rewards(), args)
-            if named and args.loss == "kto" and is_anchored(args):
+            if named and needs_other_completions(args):
                 rows.mismatch()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -16,9 +16,8 @@ KTO's reference point and BCO's delta, unless they are given, are estimated over
 before it (:func:`label_sums`, :func:`anchor_of`), so that they do not depend on how the step is split.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +35,7 @@ from exo_toy.integrations.config import (
     is_anchored,
     loss_settings,
     metric_temperatures,
+    takes,
 )
 from exo_toy.integrations.metrics import label_metrics, pair_metrics, prompt_metrics
 
@@ -81,7 +81,7 @@ def candidate_losses(
     if is_anchored(config):
         settings[ANCHORS[config.loss]] = batch["anchor"]
     kind = losses.LOSSES[config.loss].kind
-    return _READINGS[kind](LOSSES[config.loss], policy_logps, ref_logps, batch, settings)
+    return _READINGS[kind](LOSSES[config.loss], _Given(policy_logps, ref_logps, batch, settings))
 
 
 def candidate_metrics(
@@ -110,8 +110,7 @@ def candidate_metrics(
     beta_pi, beta = metric_temperatures(config)
     rewards, mask = batch["rewards"].to(policy_logps.dtype), batch["candidate_mask"]
     if name in LOSSES_WITHOUT_REFERENCE:
-        of_means = "rejected_lengths" in inspect.signature(LOSSES[name]).parameters
-        implicit = policy_logps / _lengths(batch) if of_means else policy_logps
+        implicit = policy_logps / _lengths(batch) if takes(LOSSES[name], "rejected_lengths") else policy_logps
         return pair_metrics(beta * implicit, policy_logps)
     metrics = {}
     if loss is None and is_anchored(config):
@@ -215,24 +214,30 @@ def anchor_of(sums: Float[Tensor, "2 2"], config: CandidateConfig) -> Float[Tens
     return loss_settings(config)["beta"] * means.sum() / present.sum().clamp(min=1)
 
 
-def _listed(loss: Loss, policy: Tensor, ref: Tensor, batch: Mapping[str, Tensor], settings: dict[str, Any]) -> Tensor:
+class _Given(NamedTuple):
+    """What a loss is called with: log-probabilities [B, K] under policy and reference, the batch, its keywords."""
+
+    policy: Tensor
+    ref: Tensor
+    batch: Mapping[str, Tensor]
+    settings: dict[str, Any]
+
+
+def _listed(loss: Callable[..., Any], given: _Given) -> Tensor:
+    policy, ref, batch, settings = given
     return loss(policy - ref, batch["rewards"], mask=batch["candidate_mask"], **settings)
 
 
-def _ranked(loss: Loss, policy: Tensor, ref: Tensor, batch: Mapping[str, Tensor], settings: dict[str, Any]) -> Tensor:
+def _ranked(loss: Callable[..., Any], given: _Given) -> Tensor:
+    policy, ref, batch, settings = given
     mask = batch["candidate_mask"]
     # What is masked comes last.
     order = batch["rewards"].masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return loss((policy - ref).gather(-1, order), mask=mask.gather(-1, order), **settings)
 
 
-def _rated_pairs(
-    loss: Callable[..., losses.PreferenceLoss],
-    policy: Tensor,
-    ref: Tensor,
-    batch: Mapping[str, Tensor],
-    settings: dict[str, Any],
-) -> Tensor:
+def _rated_pairs(loss: Callable[..., Any], given: _Given) -> Tensor:
+    policy, ref, batch, settings = given
     i, j = torch.triu_indices(policy.shape[-1], policy.shape[-1], 1, device=policy.device)
     tensors = [x[:, k].flatten() for x in (policy, ref, batch["rewards"]) for k in (i, j)]
     of_pairs = loss(*tensors, **settings).losses.view(-1, len(i))
@@ -240,50 +245,26 @@ def _rated_pairs(
     return _mean(of_pairs, mask[:, i] & mask[:, j])
 
 
-def _pairs(
-    loss: Callable[..., losses.PreferenceLoss],
-    policy: Tensor,
-    ref: Tensor,
-    batch: Mapping[str, Tensor],
-    settings: dict[str, Any],
-) -> Tensor:
-    return loss(*policy.unbind(-1), *ref.unbind(-1), **settings).losses
+def _pairs(loss: Callable[..., Any], given: _Given) -> Tensor:
+    return loss(*given.policy.unbind(-1), *given.ref.unbind(-1), **given.settings).losses
 
 
-def _sorted_pairs(
-    loss: Callable[..., losses.PreferenceLoss],
-    policy: Tensor,
-    ref: Tensor,
-    batch: Mapping[str, Tensor],
-    settings: dict[str, Any],
-) -> Tensor:
+def _sorted_pairs(loss: Callable[..., Any], given: _Given) -> Tensor:
     # A prompt that does not count would take a place among those that do.
-    counts = batch["prompt_weights"] > 0
-    of_counted = _pairs(loss, policy[counts], ref[counts], batch, settings)
-    return policy.new_zeros(len(policy)).index_put((counts,), of_counted)
+    counts = given.batch["prompt_weights"] > 0
+    of_counted = _pairs(loss, given._replace(policy=given.policy[counts], ref=given.ref[counts]))
+    return given.policy.new_zeros(len(counts)).index_put((counts,), of_counted)
 
 
-def _without_reference(
-    loss: Callable[..., losses.PreferenceLoss],
-    policy: Tensor,
-    ref: Tensor,
-    batch: Mapping[str, Tensor],
-    settings: dict[str, Any],
-) -> Tensor:
-    with_lengths = "rejected_lengths" in inspect.signature(loss).parameters
-    lengths = _lengths(batch).unbind(-1) if with_lengths else ()
-    return loss(*policy.unbind(-1), *lengths, **settings).losses
+def _without_reference(loss: Callable[..., Any], given: _Given) -> Tensor:
+    lengths = _lengths(given.batch).unbind(-1) if takes(loss, "rejected_lengths") else ()
+    return loss(*given.policy.unbind(-1), *lengths, **given.settings).losses
 
 
-def _unpaired(
-    loss: Callable[..., losses.UnpairedLoss],
-    policy: Tensor,
-    ref: Tensor,
-    batch: Mapping[str, Tensor],
-    settings: dict[str, Any],
-) -> Tensor:
+def _unpaired(loss: Callable[..., Any], given: _Given) -> Tensor:
+    policy, ref, batch, settings = given
     rewards, mask = batch["rewards"], batch["candidate_mask"]
-    if "desirable" in inspect.signature(loss).parameters:
+    if takes(loss, "desirable"):
         about = [rewards > 0.5]
     else:
         # No gradient passes through the value: at its minimum the loss has none there.

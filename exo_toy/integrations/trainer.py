@@ -20,6 +20,7 @@ from exo_toy.integrations.config import (
     check_support,
     columns_are_pairs,
     is_anchored,
+    needs_other_completions,
 )
 from exo_toy.integrations.loading import RowsTrainer
 from exo_toy.integrations.metrics import SPARE, RunningMeans
@@ -208,7 +209,7 @@ class CandidateTrainer(RowsTrainer):
             inputs: a batch.
 
         Returns:
-            ([B], [B] by name).
+            ([B], by name what :class:`~exo_toy.integrations.metrics.RunningMeans` takes).
         """
         policy_logps, ref_logps = self._logps(model, inputs)
         if self._anchored and "anchor" not in inputs:
@@ -234,7 +235,7 @@ class CandidateTrainer(RowsTrainer):
     def _anchor(self, model: nn.Module, batches: Sequence[Batch]) -> Tensor:
         """KTO's reference point or BCO's delta over these batches of all processes."""
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.args.device)
-        prefix = OTHER if self._settings.loss == "kto" else ""
+        prefix = OTHER if needs_other_completions(self._settings) else ""
         with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
             for batch in batches:
                 inputs = self._prepare_inputs(batch)
